@@ -1,0 +1,49 @@
+# `make bench` and `make test` do all set-up on a machine with Python 3.11+, make and pip.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN_JSON ?= output/run.json
+# The address of PyTorch's CPU wheel index, for a Linux machine without a GPU (see README).
+TORCH_INDEX ?=
+ARGS ?=
+
+.PHONY: help install bench test lint verify glossary clean
+help:
+	@echo "make bench    the quick preset: 30 cases, a few minutes on a CPU -> $(RUN_JSON)"
+	@echo "make test     all tests that need no GPU, and the linters (under 10 minutes)"
+	@echo "make lint     ruff and mypy"
+	@echo "make verify   the long proofs (an hour): three seeds, the real model; PARTS=\"a b\" picks some"
+	@echo "make glossary write the METRICS table into README.md"
+
+$(VENV)/.installed: requirements.lock pyproject.toml scripts/before_install.py
+	@$(PYTHON) scripts/before_install.py "$(TORCH_INDEX)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if [ -n "$(TORCH_INDEX)" ]; then \
+	  $(BIN)/python -m pip install --index-url "$(TORCH_INDEX)" "$$(grep '^torch==' requirements.lock)"; fi
+	$(BIN)/python -m pip install --quiet --progress-bar on -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+install: $(VENV)/.installed
+
+bench: install
+	@mkdir -p $(dir $(RUN_JSON))
+	$(BIN)/python -m pytest bench --benchmark-json=$(RUN_JSON) --benchmark-columns=median,rounds $(ARGS)
+
+test: install lint
+	$(BIN)/python -m pytest tests -m "not verify" -rs $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+PARTS ?= all
+verify: install
+	$(BIN)/python scripts/verify.py $(PARTS)
+
+glossary: install
+	$(BIN)/python scripts/glossary.py README.md
+
+clean:
+	rm -rf $(VENV) output .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,307 @@
+"""The adapters a case can name: how each is put on a model, switched off, saved, merged, counted.
+
+Adding one is a row of ADAPTERS. Trainable weights are float32 on every base, also on a 4-bit or
+bfloat16 one. A `full` model is a row like the others; it has no adapter to switch off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from peftbench.errors import UserError, unknown_name
+from peftbench.targets import ia3_targets, lora_targets
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+    from peftbench.case import Settings
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One way of fine-tuning."""
+
+    about: str
+    family: str  # reference, reparametrised, multiplicative or prompt
+    config: Callable[[PreTrainedModel, Settings], PeftConfig | None]  # None: no adapter, all trains
+    quantizes_base: bool
+    merges: bool  # its effect can be folded into the base's weights
+    learning_rates: Mapping[str, float]  # by method, times the model's learning_rate_scale
+
+
+def _full(model: PreTrainedModel, settings: Settings) -> None:
+    """No adapter: every weight trains."""
+
+
+def _lora(model: PreTrainedModel, settings: Settings) -> PeftConfig:
+    """Low-rank updates. Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685"""
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    targets = lora_targets(model, settings.targets)
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0,
+        bias="none", target_modules=targets,
+        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
+    )  # fmt: skip
+
+
+def _ia3(model: PreTrainedModel, settings: Settings) -> PeftConfig:
+    """Learned scales of keys, values and the feed-forward's inner activations."""
+    from peft import IA3Config
+    from transformers.pytorch_utils import Conv1D
+
+    targets, feedforward = ia3_targets(model)
+    return IA3Config(
+        task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=feedforward,
+        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
+    )  # fmt: skip
+
+
+def _prefix(model: PreTrainedModel, settings: Settings) -> PeftConfig:
+    """Learned keys and values before the first token. Source: Li & Liang 2021, arXiv 2101.00190"""
+    from peft import PrefixTuningConfig
+
+    return PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=settings.prefix_tokens, prefix_projection=False
+    )
+
+
+ADAPTERS: dict[str, AdapterRow] = {
+    "full": AdapterRow(
+        "every weight of the model trains; the reference", "reference", _full,
+        quantizes_base=False, merges=False,
+        learning_rates={"sft": 5e-5, "dpo": 1e-5, "orpo": 2e-5},
+    ),
+    "lora": AdapterRow(
+        "low-rank updates of the linear layers", "reparametrised", _lora,
+        quantizes_base=False, merges=True,
+        learning_rates={"sft": 5e-4, "dpo": 1e-4, "orpo": 2e-4},
+    ),
+    "qlora": AdapterRow(
+        "lora over a base held in 4 bits (NF4, double quantisation)", "reparametrised", _lora,
+        quantizes_base=True, merges=True,
+        learning_rates={"sft": 5e-4, "dpo": 1e-4, "orpo": 2e-4},
+    ),
+    "ia3": AdapterRow(
+        "learned scales of keys, values and feed-forward activations", "multiplicative", _ia3,
+        quantizes_base=False, merges=True,
+        learning_rates={"sft": 1e-2, "dpo": 5e-3, "orpo": 5e-3},
+    ),
+    "prefix": AdapterRow(
+        "learned keys and values before the first token", "prompt", _prefix,
+        quantizes_base=False, merges=False,
+        learning_rates={"sft": 1e-2, "dpo": 5e-3, "orpo": 5e-3},
+    ),
+}  # fmt: skip
+
+
+def find_adapter(adapter: str) -> AdapterRow:
+    """The table's row. Raises: UserError with the nearest names."""
+    if adapter not in ADAPTERS:
+        raise unknown_name("adapter", adapter, ADAPTERS)
+    return ADAPTERS[adapter]
+
+
+def attach(model: PreTrainedModel, adapter: str, settings: Settings) -> PreTrainedModel | PeftModel:
+    """The model with the adapter on it: only the adapter's weights train, in float32.
+
+    The same seed gives the same start on every device, whatever ran before; torch's own random
+    state is left as it was. For `full` the model itself, its weights in float32.
+    """
+    import torch
+    from peft import get_peft_model
+
+    row = find_adapter(adapter)
+    model.requires_grad_(False)
+    config = row.config(model, settings)
+    if config is None:
+        return model.float().requires_grad_(True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        attached = get_peft_model(model, config)
+        if adapter == "prefix" and model.device.type != "meta":
+            _start_prefix_from_activations(attached, settings)
+    for parameter in attached.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return attached
+
+
+def _start_prefix_from_activations(model: PeftModel, settings: Settings) -> None:
+    """Set the prefix to the base's own keys and values for tokens drawn at random.
+
+    PEFT's default start, noise of standard deviation 1, is far from anything the model has seen.
+    Source: Li & Liang 2021, section 7.4: activations of real words, even unrelated ones, do better.
+    """
+    import torch
+    from peft import initialize_kv_prefix_from_past_key_values
+
+    base = model.get_base_model()
+    ids = torch.randint(base.config.get_text_config().vocab_size, (1, settings.prefix_tokens))
+    was_training = base.training
+    base.eval()
+    with torch.no_grad():
+        cache = base(input_ids=ids.to(base.device), use_cache=True).past_key_values
+    base.train(was_training)
+    initialize_kv_prefix_from_past_key_values(
+        model, past_key_values=cache, num_virtual_tokens=settings.prefix_tokens
+    )
+
+
+@contextlib.contextmanager
+def adapter_off(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Inside, the model answers as its base: the reference of DPO and the KL.
+
+    PEFT switches the adapter's gradients off and, at the end, on again even where they were off
+    before; here every flag is put back as it was found.
+    Raises: ValueError for a model without an adapter: it has no reference in it.
+    """
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise ValueError("a fully trained model has no adapter to switch off")
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad != flags[name]:
+                parameter.requires_grad_(flags[name])
+
+
+def trainable_names(model: torch.nn.Module) -> frozenset[str]:
+    """Names of the parameters that train: taken after attaching, checked again later."""
+    return frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def count_params(model: torch.nn.Module) -> tuple[int, int]:
+    """(all, trainable) parameters, the adapter's included; a 4-bit weight counts as one."""
+    from peftbench.quantization import logical_size
+
+    parameters = list(model.parameters())
+    return (
+        sum(logical_size(p) for p in parameters),
+        sum(p.numel() for p in parameters if p.requires_grad),
+    )
+
+
+def save_adapter(model: PreTrainedModel | PeftModel, folder: Path) -> int:
+    """Write what was trained as safetensors and return those files' bytes; `full` writes all."""
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        # "auto" would ask the Hub for the base's vocabulary size
+        model.save_pretrained(folder, save_embedding_layers=False)
+    else:
+        model.save_pretrained(folder)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def load_adapter(
+    base: PreTrainedModel, folder: Path, *, is_trainable: bool = False
+) -> PreTrainedModel | PeftModel:
+    """A saved adapter on its base (in place); for a `full` folder the model that is saved there.
+
+    `PeftModel.from_pretrained(is_trainable=True)` refuses prefix tuning, so the adapter is made
+    anew from its config and then given its weights.
+    """
+    import torch
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    if not (folder / "adapter_config.json").is_file():
+        loaded: PreTrainedModel = type(base).from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True
+        )
+        return loaded.to(base.device).requires_grad_(is_trainable).eval()
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = not is_trainable
+    base.requires_grad_(False)
+    model = get_peft_model(base, config)
+    outcome = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    # PEFT copies a prefix's weights in by a way of its own and still calls their key unexpected
+    if unknown := set(outcome.unexpected_keys) - {"prompt_embeddings"}:
+        raise UserError(f"the adapter in {folder} does not fit this base: {min(unknown)}")
+    if not is_trainable:
+        model.requires_grad_(False)  # PEFT leaves a prefix trainable also in inference mode
+    return model.eval()
+
+
+def merged(model: PeftModel, adapter: str) -> PreTrainedModel:
+    """A plain model with the adapter folded into a copy of the base; `model` is left as it was.
+
+    Over a 4-bit base the copy is dequantised first: folding into 4 bits rounds the adapter away.
+    Raises: UserError for an adapter that cannot be folded in.
+    """
+    import copy
+
+    from transformers.pytorch_utils import Conv1D
+
+    from peftbench.quantization import dequantize_layer, layers_4bit, unmark_quantized
+
+    if not find_adapter(adapter).merges:
+        raise UserError(f"{adapter} does not merge: {ADAPTERS[adapter].about}")
+    if not find_adapter(adapter).quantizes_base:
+        return copy.deepcopy(model).merge_and_unload()
+    deltas = _lora_deltas(model)
+    base: PreTrainedModel = copy.deepcopy(model).unload()
+    for name, layer in layers_4bit(base).items():
+        full: Any = dequantize_layer(layer, base.dtype)
+        if name in deltas:
+            delta = deltas[name].T if isinstance(full, Conv1D) else deltas[name]
+            full.weight.data += delta.to(full.weight.dtype)
+        base.set_submodule(name, full)
+    unmark_quantized(base)
+    return base
+
+
+def _lora_deltas(model: PeftModel) -> dict[str, torch.Tensor]:
+    """(outputs, inputs) update of each adapted layer, by the base layer's path: alpha / r B A."""
+    from peft.tuners.lora import LoraLayer
+
+    prefix = "base_model.model."
+    return {
+        name.removeprefix(prefix): module.get_delta_weight(model.active_adapter).detach()
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy, on the host, of everything that trains."""
+    return {
+        name: p.detach().to("cpu", copy=True)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def moved_ratio(
+    before: Mapping[str, torch.Tensor],
+    model: torch.nn.Module,
+    rows: Mapping[str, torch.Tensor] | None = None,
+) -> float:
+    """Share of the snapshot's entries that are different now.
+
+    `rows` gives, for a parameter's name, a mask over its first dimension, True where it counts: an
+    embedding row that no token touched cannot move. LoRA's A has no gradient in the first step,
+    where B is still 0, so two steps must have been made.
+    """
+    now = dict(model.named_parameters())
+    moved = entries = 0
+    for name, old in before.items():
+        different = now[name].detach().cpu() != old
+        if rows is not None and name in rows:
+            different = different[rows[name].cpu()]
+        moved += int(different.sum())
+        entries += different.numel()
+    return moved / entries

@@ -1,0 +1,126 @@
+"""Token pairs to padded tensors, and completion log-probabilities from them.
+
+Letters: B pairs of a batch, R rows of a forward pass (B for one side, 2B for chosen then rejected),
+P prompt columns, C completion columns, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from peftbench.data.task import TokenPair
+
+IGNORE_INDEX = -100
+
+Sides = Literal["chosen", "rejected", "both"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts left-padded to P columns, completions right-padded to C: the cut is one column."""
+
+    input_ids: torch.Tensor  # (R, P + C) int64
+    attention_mask: torch.Tensor  # (R, P + C) int64, 1 where a token is
+    position_ids: torch.Tensor  # (R, P + C) int64, 0 at a row's first token
+    completion_mask: torch.Tensor  # (R, C) bool, True where a completion token is
+    prompt_mask: torch.Tensor  # (R, P) bool, True where a prompt token is
+
+    @property
+    def completion_length(self) -> int:
+        return self.completion_mask.shape[1]
+
+    @property
+    def completion_ids(self) -> torch.Tensor:
+        """(R, C), padding included."""
+        return self.input_ids[:, -self.completion_length :]
+
+
+def collate(pairs: Sequence[TokenPair], sides: Sides, device: torch.device | str = "cpu") -> Batch:
+    """One padded batch; with `both`, the first B rows are chosen and the last B rejected.
+
+    Masks come from lengths, never from comparing ids, so any id may pad (here 0) and a model whose
+    pad token is its eos token still learns eos.
+    """
+    prompts = [p.prompt for p in pairs]
+    if sides == "both":
+        prompts, completions = prompts * 2, [p.chosen for p in pairs] + [p.rejected for p in pairs]
+    else:
+        completions = [p.chosen if sides == "chosen" else p.rejected for p in pairs]
+    P = max(len(p) for p in prompts)
+    C = max(len(c) for c in completions)
+    ids = torch.zeros((len(prompts), P + C), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        tokens = torch.tensor(prompt + completion, dtype=torch.long)
+        start = P - len(prompt)
+        ids[row, start : start + len(tokens)] = tokens
+        mask[row, start : start + len(tokens)] = 1
+    # Exclusive cumulative sum: without it a left-padded GPT-2 row is off by 0.3 nats a token.
+    positions = (mask.cumsum(-1) - mask).clamp(min=0)
+    on_device = [t.to(device, non_blocking=True) for t in (ids, mask, positions)]
+    present = on_device[1].bool()
+    return Batch(
+        on_device[0], on_device[1], on_device[2], present[:, P:].clone(), present[:, :P].clone()
+    )
+
+
+def token_counts(pairs: Sequence[TokenPair], sides: Sides) -> tuple[int, int]:
+    """(non-padding, padded) tokens of the batch that `collate` makes of these pairs."""
+    chosen = [len(p.prompt) + len(p.chosen) for p in pairs]
+    rejected = [len(p.prompt) + len(p.rejected) for p in pairs]
+    real = sum(
+        chosen if sides == "chosen" else rejected if sides == "rejected" else chosen + rejected
+    )
+    width = max(len(p.prompt) for p in pairs) + max(
+        max(
+            len(p.chosen) if sides != "rejected" else 0, len(p.rejected) if sides != "chosen" else 0
+        )
+        for p in pairs
+    )
+    return real, width * len(pairs) * (2 if sides == "both" else 1)
+
+
+def forward_logits(model: Any, batch: Batch, columns: int) -> torch.Tensor:
+    """Logits (R, columns, V) of the last `columns` positions; the head runs on these only."""
+    logits: torch.Tensor = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        logits_to_keep=columns,
+        use_cache=False,
+    ).logits
+    return logits[:, -columns:]  # a model that ignores `logits_to_keep` still gives the right cut
+
+
+def token_logprobs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """log p(label), in float32 nats; logits (..., V), labels (...) without IGNORE_INDEX."""
+    return -torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, -2), labels.flatten(), reduction="none"
+    ).view(labels.shape)
+
+
+def completion_logprobs(model: Any, batch: Batch) -> torch.Tensor:
+    """log p(completion token | all before it), (R, C) float32; 0 at padding.
+
+    The logits at column t predict column t + 1: C + 1 columns are kept and the last one dropped.
+    """
+    logits = forward_logits(model, batch, batch.completion_length + 1)[:, :-1]
+    return token_logprobs(logits, batch.completion_ids) * batch.completion_mask
+
+
+def sequence_logprobs(model: Any, batch: Batch) -> torch.Tensor:
+    """log p of every token but a row's first, (R, P + C - 1) float32; 0 where nothing is scored."""
+    columns = batch.input_ids.shape[1]
+    logits = forward_logits(model, batch, columns)[:, :-1]
+    scored = batch.attention_mask[:, 1:].bool() & batch.attention_mask[:, :-1].bool()
+    return token_logprobs(logits, batch.input_ids[:, 1:]) * scored
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the columns of each row, (R, C) -> (R,); every row has at least one True."""
+    return (values * mask).sum(-1) / mask.sum(-1)

@@ -1,0 +1,1 @@
+"""Corpora, preference pairs and the assets they come from."""

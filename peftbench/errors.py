@@ -1,0 +1,22 @@
+"""The one exception that a user's mistake raises."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: one line with the problem, the value, and what to do next.
+
+    The command line prints it without a traceback and exits with 2; pytest turns it into its own
+    usage error, exit code 4.
+    """
+
+
+def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> UserError:
+    """The error for a name that no table has, with the nearest names first."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return UserError(f"unknown {kind} {name!r}; {hint}choose from: {', '.join(names)}")

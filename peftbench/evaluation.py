@@ -1,0 +1,246 @@
+"""Quality on held-out data: text, preference pairs, the model's own samples.
+
+Nothing here changes the model: it runs in eval mode without gradients and the mode is restored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peftbench.batches import collate, completion_logprobs, token_logprobs
+from peftbench.data.task import TokenPair, TokenTask
+
+if TYPE_CHECKING:
+    from peftbench.case import Settings
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Held-out text, by windows: the sums from which every text metric follows."""
+
+    window_nll: list[float]  # nats, summed over the tokens that the window scores
+    window_tokens: list[int]  # tokens that the window scores
+    correct_tokens: int  # scored tokens that were the model's most likely one
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """Held-out pairs: summed log-probabilities of the two completions, in nats, in pair order."""
+
+    chosen: list[float]
+    rejected: list[float]
+    chosen_tokens: list[int]
+    rejected_tokens: list[int]
+
+    def correct(self) -> list[bool]:
+        """Whether the chosen completion has the higher mean log-probability a token."""
+        return [
+            c / n > r / m
+            for c, r, n, m in zip(
+                self.chosen, self.rejected, self.chosen_tokens, self.rejected_tokens, strict=True
+            )
+        ]
+
+    def logratios(self) -> list[float]:
+        return [c - r for c, r in zip(self.chosen, self.rejected, strict=True)]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What one model scores on a task."""
+
+    text: TextScore
+    pairs: PairScore
+    samples: list[list[int]]  # token ids of sampled completions of the first test prompts
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Quality:
+        return cls(TextScore(**data["text"]), PairScore(**data["pairs"]), data["samples"])
+
+
+@contextmanager
+def evaluating(model: Any, settings: Settings) -> Iterator[None]:
+    """Eval mode, no gradients, the run's compute precision; the mode is restored."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    bf16 = settings.dtype == "bfloat16"
+    try:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def evaluate(model: Any, task: TokenTask, settings: Settings, eos_id: int | None) -> Quality:
+    """Score held-out text and pairs, and sample."""
+    with evaluating(model, settings):
+        return Quality(
+            score_text(
+                model, task.test_tokens, settings.eval_context, settings.eval_stride,
+                settings.eval_batch_size,
+            ),
+            score_pairs(model, task.test, settings.eval_batch_size),
+            sample(model, task.test[: settings.eval_samples], settings, eos_id),
+        )  # fmt: skip
+
+
+def text_windows(tokens: int, context: int, stride: int) -> list[tuple[int, int, int]]:
+    """(start, end, first scored) of each window, so that each token but the first is scored once.
+
+    Windows of `context` tokens start every `stride`; a window scores what the one before did not
+    reach, so all but the first have at least `context - stride` tokens before the first scored.
+    """
+    windows = []
+    start, reached = 0, 1
+    while reached < tokens:
+        end = min(start + context, tokens)
+        windows.append((start, end, reached))
+        start, reached = start + stride, end
+    return windows
+
+
+def score_text(
+    model: Any, tokens: Sequence[int], context: int, stride: int, batch_size: int
+) -> TextScore:
+    """Sliding-window negative log-likelihood of one long text, (N,) token ids."""
+    device = next(model.parameters()).device
+    ids = torch.tensor(tokens, device=device)
+    nll: list[float] = []
+    counts: list[int] = []
+    correct = 0
+    for group in _equal_shapes(text_windows(len(tokens), context, stride), batch_size):
+        rows = torch.stack([ids[start:end] for start, end, _ in group])
+        scored = group[0][1] - group[0][2]
+        logits = model(input_ids=rows, logits_to_keep=scored + 1, use_cache=False).logits
+        logits = logits[:, -(scored + 1) : -1]
+        labels = rows[:, -scored:]
+        nll += [float(x) for x in -token_logprobs(logits, labels).double().sum(-1)]
+        counts += [scored] * len(group)
+        correct += int((logits.argmax(-1) == labels).sum())
+    return TextScore(nll, counts, correct)
+
+
+def _equal_shapes(
+    windows: list[tuple[int, int, int]], batch_size: int
+) -> Iterator[list[tuple[int, int, int]]]:
+    """Runs of windows with equal length and equal scored part, at most `batch_size` each."""
+    group: list[tuple[int, int, int]] = []
+    for window in windows:
+        shape = (window[1] - window[0], window[1] - window[2])
+        if group and (
+            len(group) == batch_size
+            or shape != (group[0][1] - group[0][0], group[0][1] - group[0][2])
+        ):
+            yield group
+            group = []
+        group.append(window)
+    if group:
+        yield group
+
+
+def score_pairs(model: Any, pairs: Sequence[TokenPair], batch_size: int) -> PairScore:
+    """Summed completion log-probabilities of both sides; batches of like lengths, order kept."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i].chosen), len(pairs[i].prompt)))
+    chosen, rejected = [0.0] * len(pairs), [0.0] * len(pairs)
+    for at in range(0, len(order), batch_size):
+        rows = order[at : at + batch_size]
+        batch = collate([pairs[i] for i in rows], "both", device)
+        sums = completion_logprobs(model, batch).double().sum(-1).tolist()
+        for row, i in enumerate(rows):
+            chosen[i], rejected[i] = sums[row], sums[row + len(rows)]
+    return PairScore(
+        chosen, rejected, [len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs]
+    )
+
+
+def sample(
+    model: Any, pairs: Sequence[TokenPair], settings: Settings, eos_id: int | None
+) -> list[list[int]]:
+    """Completions of the pairs' prompts, drawn from the model's own distribution.
+
+    The model's `generation_config` (top_k 50 and the like) is overridden: what is sampled is what
+    `completion_logprobs` scores. A completion ends with EOS or after `eval_sample_length` tokens.
+    """
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    batch = collate(pairs, "chosen", device)
+    prompts = batch.input_ids[:, : batch.prompt_mask.shape[1]]
+    plain = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True, pad_token_id=0,
+        max_new_tokens=settings.eval_sample_length, eos_token_id=eos_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(settings.seed)
+        out = model.generate(
+            input_ids=prompts, attention_mask=batch.prompt_mask.long(), generation_config=plain
+        )
+    completions: list[list[int]] = out[:, prompts.shape[1] :].tolist()
+    return [c[: c.index(eos_id) + 1] if eos_id in c else c for c in completions]
+
+
+def kl_to_base(
+    policy_logprobs: torch.Tensor, base_logprobs: torch.Tensor, mask: torch.Tensor
+) -> float:
+    """Mean k3 estimate of KL(policy || base), nats a token, over the policy's own samples (R, C).
+
+    k3 = exp(d) - 1 - d with d = base - policy: unbiased and never negative.
+    Source: Schulman 2020, http://joschu.net/blog/kl-approx.html
+    """
+    d = (base_logprobs - policy_logprobs).double()
+    return float(((torch.expm1(d) - d) * mask).sum() / mask.sum())
+
+
+def sampled_pairs(task: TokenTask, samples: Sequence[Sequence[int]]) -> list[TokenPair]:
+    """The sampled completions in the place of the chosen ones, ready for `collate`."""
+    return [
+        TokenPair(pair.prompt, tuple(ids), tuple(ids))
+        for pair, ids in zip(task.test, samples, strict=False)
+    ]
+
+
+def text_metrics(score: TextScore, test_bytes: int) -> dict[str, float]:
+    """nll_per_token, perplexity, bits_per_byte, next_token_accuracy and standard errors.
+
+    The standard error takes windows as the units: neighbouring tokens are not independent.
+    """
+    n = sum(score.window_tokens)
+    mean = math.fsum(score.window_nll) / n
+    k = len(score.window_nll)
+    squares = math.fsum(
+        (s - mean * t) ** 2 for s, t in zip(score.window_nll, score.window_tokens, strict=True)
+    )
+    metrics = {
+        "nll_per_token": mean,
+        "perplexity": math.exp(mean),
+        "next_token_accuracy": score.correct_tokens / n,
+        "bits_per_byte": mean * n / math.log(2) / test_bytes,
+    }
+    if k > 1:
+        se = math.sqrt(squares * k / (k - 1)) / n
+        metrics |= {"nll_per_token_se": se, "perplexity_se": math.exp(mean) * se}
+    return metrics
+
+
+def pair_metrics(score: PairScore) -> dict[str, float]:
+    """preference_accuracy and its binomial standard error."""
+    correct = score.correct()
+    accuracy = sum(correct) / len(correct)
+    return {
+        "preference_accuracy": accuracy,
+        "preference_accuracy_se": math.sqrt(accuracy * (1 - accuracy) / len(correct)),
+    }
+
+
+def reward_margin(policy: PairScore, base: PairScore, beta: float) -> float:
+    """Mean over pairs of beta x (policy log-ratio - base log-ratio), nats."""
+    gaps = [p - b for p, b in zip(policy.logratios(), base.logratios(), strict=True)]
+    return beta * math.fsum(gaps) / len(gaps)

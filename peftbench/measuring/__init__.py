@@ -1,0 +1,1 @@
+"""Clocks and memory readings. Nothing here knows what is being trained."""

@@ -1,0 +1,23 @@
+"""The methods: one file each, one row each. Imports no torch: the files are imported when used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """What the matrix must know of a method before anything heavy is loaded."""
+
+    name: str  # in full, as its paper calls it
+    sides: Literal["chosen", "both"]  # which completions of a pair a training batch holds
+    needs_reference: bool  # log-probabilities of the starting model on the training pairs
+    target: str  # the metric that the method itself optimises, the first to look at
+
+
+METHODS: dict[str, MethodRow] = {
+    "sft": MethodRow("supervised fine-tuning", "chosen", False, "nll_per_token"),
+    "dpo": MethodRow("Direct Preference Optimization", "both", True, "preference_accuracy"),
+    "orpo": MethodRow("Odds Ratio Preference Optimization", "both", False, "preference_accuracy"),
+}

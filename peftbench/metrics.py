@@ -1,0 +1,117 @@
+"""The METRICS table: what every number of a record is. The README's glossary is made from it.
+
+Classes decide how two runs are compared: exact (equality), tight (a small fixed margin), noisy
+(against the run-to-run spread), seeded (paired by seed), derived (follows from others, not compared
+again), info (never compared). A metric whose meaning changes gets a new version number, and records
+of different versions are not compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MetricClass = Literal["exact", "tight", "noisy", "seeded", "derived", "info"]
+Direction = Literal["lower", "higher", "none"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row; `margin_ratio` is the relative change below which a difference does not matter."""
+
+    unit: str
+    direction: Direction
+    metric_class: MetricClass
+    margin_ratio: float
+    definition: str  # one sentence
+    version: int = 1
+
+
+_EVAL = "on the held-out text, each token scored once, the first of the text not"
+
+METRICS: dict[str, Metric] = {
+    # time
+    "train_s": Metric("s", "lower", "noisy", 0.03, "Wall time of the optimiser steps after the warm-up, device synchronised at both ends; loading, evaluation, saving and tokenising excluded."),
+    "method_s": Metric("s", "lower", "noisy", 0.03, "Wall time of everything the method needs before the user has the adapter: reference log-probabilities, warm-up steps and training."),
+    "first_step_s": Metric("s", "lower", "noisy", 0.05, "Wall time of the very first optimiser step, where kernels are chosen and memory is taken."),
+    "step_p50_s": Metric("s", "lower", "noisy", 0.03, "Median wall time of an optimiser step after the warm-up."),
+    "step_p95_s": Metric("s", "lower", "noisy", 0.05, "95th percentile of the wall time of an optimiser step after the warm-up."),
+    "load_s": Metric("s", "lower", "noisy", 0.05, "Wall time to bring the weights onto the device, quantised where the adapter asks for it."),
+    "attach_s": Metric("s", "lower", "noisy", 0.05, "Wall time to attach the adapter."),
+    "data_s": Metric("s", "lower", "noisy", 0.05, "Wall time to make and tokenise the training and held-out data."),
+    "check_s": Metric("s", "none", "info", 0.0, "Wall time to compare the adapted model with its base before any step."),
+    "reference_s": Metric("s", "lower", "noisy", 0.03, "Wall time of the reference's log-probabilities on the training pairs; null where the method has no reference."),
+    "warmup_s": Metric("s", "lower", "noisy", 0.05, "Wall time of the first `warmup_steps` optimiser steps and of building the optimiser."),
+    "evaluate_s": Metric("s", "lower", "noisy", 0.05, "Wall time of the evaluation after training; the base is scored once per session, outside the cases."),
+    "save_s": Metric("s", "lower", "noisy", 0.05, "Wall time to write the adapter to disk."),
+    "total_s": Metric("s", "lower", "noisy", 0.05, "Sum of all phases of the round; the wait between warm-up and the go is no phase."),
+    "tokens_per_s": Metric("tokens/s", "higher", "derived", 0.03, "Non-padding tokens that the policy read in the training window, divided by the time of the same window."),
+    "padded_tokens_per_s": Metric("tokens/s", "higher", "derived", 0.03, "The same with padding counted."),
+    "samples_per_s": Metric("pairs/s", "higher", "derived", 0.03, "Pairs of the training window divided by its time."),
+    # memory
+    "peak_gpu_memory_bytes": Metric("bytes", "lower", "tight", 0.02, "Highest GPU memory that NVML reports while training (reference, warm-up and training phases): the process's own, else the device's growth."),
+    "nvml_process_peak_bytes": Metric("bytes", "lower", "tight", 0.02, "Highest memory NVML reports for the training process, over the same phases."),
+    "nvml_device_peak_bytes": Metric("bytes", "lower", "tight", 0.02, "Highest memory in use on the device minus the reading before the process started, over the same phases."),
+    "torch_peak_allocated_bytes": Metric("bytes", "lower", "tight", 0.005, "Highest bytes in tensors by torch's CUDA allocator, over the same phases."),
+    "torch_peak_reserved_bytes": Metric("bytes", "lower", "tight", 0.005, "Highest bytes reserved by torch's CUDA allocator, over the same phases."),
+    "host_peak_rss_bytes": Metric("bytes", "lower", "tight", 0.02, "The kernel's high-water mark of the process's resident memory, over the same phases."),
+    "host_peak_rss_delta_bytes": Metric("bytes", "lower", "tight", 0.02, "The same minus the resident memory after the imports: the headline on a CPU."),
+    # parameters and storage
+    "total_params": Metric("parameters", "none", "exact", 0.0, "Parameters of the model with its adapter; a 4-bit weight counts its entries, not its bytes."),
+    "trainable_params": Metric("parameters", "lower", "exact", 0.0, "Parameters that require a gradient; checked again after training and evaluation."),
+    "trainable_ratio": Metric("ratio", "none", "derived", 0.0, "trainable_params / total_params."),
+    "adapter_bytes": Metric("bytes", "lower", "exact", 0.0, "Size of the saved adapter's weight files; for `full`, of the model's."),
+    "base_bytes": Metric("bytes", "lower", "exact", 0.0, "Bytes of the base model's weights as held in memory, quantisation state included."),
+    "quantized_modules": Metric("modules", "none", "exact", 0.0, "Linear layers whose weight is held in 4 bits."),
+    "moved_ratio": Metric("ratio", "none", "info", 0.0, "Share of trained entries that differ from before training; for `full` without the embedding rows the data never touched."),
+    "start_max_logit_difference": Metric("logits", "lower", "info", 0.0, "Largest absolute difference between adapted and base logits on a batch before training: 0 for an adapter that starts as the identity."),
+    # budget
+    "pairs": Metric("pairs", "none", "exact", 0.0, "Preference pairs seen in training, warm-up included."),
+    "steps": Metric("steps", "none", "exact", 0.0, "Optimiser steps, warm-up included."),
+    "train_tokens": Metric("tokens", "none", "exact", 0.0, "Non-padding tokens the policy read in all steps, warm-up included."),
+    "learning_rate": Metric("1", "none", "exact", 0.0, "Peak learning rate of the schedule."),
+    "truncated_prompts": Metric("pairs", "none", "exact", 0.0, "Pairs whose prompt was cut on its left to fit."),
+    "truncated_completions": Metric("pairs", "none", "exact", 0.0, "Pairs of which a completion was cut on its right to fit."),
+    # quality
+    "perplexity": Metric("1", "lower", "seeded", 0.005, f"exp(nll_per_token) {_EVAL}; the window and stride are `eval_context` and `eval_stride`."),
+    "perplexity_se": Metric("1", "none", "info", 0.0, "Standard error of perplexity over windows (delta method)."),
+    "perplexity_base": Metric("1", "none", "info", 0.0, "Perplexity of the base model the adapter sits on (4-bit for QLoRA)."),
+    "perplexity_unquantized_base": Metric("1", "none", "info", 0.0, "Perplexity of the base before it was quantised: the gap to perplexity_base is what quantising costs."),
+    "perplexity_floor": Metric("1", "none", "info", 0.0, "Perplexity of the generator that wrote the held-out text: no model can be better on average; null for text of unknown entropy."),
+    "nll_per_token": Metric("nats", "lower", "seeded", 0.005, f"Mean negative log-likelihood a token {_EVAL}."),
+    "nll_per_token_se": Metric("nats", "none", "info", 0.0, "Standard error of nll_per_token, windows as the units."),
+    "nll_per_token_base": Metric("nats", "none", "info", 0.0, "nll_per_token of the base model the adapter sits on."),
+    "bits_per_byte": Metric("bits", "lower", "seeded", 0.005, "Negative log2-likelihood per UTF-8 byte of the held-out text: comparable between tokenizers."),
+    "bits_per_byte_base": Metric("bits", "none", "info", 0.0, "bits_per_byte of the base model."),
+    "next_token_accuracy": Metric("ratio", "higher", "seeded", 0.01, "Share of the scored tokens that were the model's most likely one."),
+    "next_token_accuracy_base": Metric("ratio", "none", "info", 0.0, "next_token_accuracy of the base model."),
+    "preference_accuracy": Metric("ratio", "higher", "seeded", 0.01, "Share of held-out pairs whose chosen completion has the higher mean log-probability a token."),
+    "preference_accuracy_se": Metric("ratio", "none", "info", 0.0, "Binomial standard error of preference_accuracy."),
+    "preference_accuracy_base": Metric("ratio", "none", "info", 0.0, "preference_accuracy of the base model the adapter sits on."),
+    "preference_accuracy_unquantized_base": Metric("ratio", "none", "info", 0.0, "preference_accuracy of the base before it was quantised."),
+    "reward_margin": Metric("nats", "higher", "seeded", 0.01, "Mean over held-out pairs of beta x (policy minus base log-ratio of chosen to rejected), log-probabilities summed over the completion."),
+    "kl_to_base_nats_per_token": Metric("nats", "none", "info", 0.0, "KL divergence from the base on the policy's own samples, k3 estimator, mean over sampled tokens."),
+    "first_loss": Metric("nats", "none", "info", 0.0, "The method's own loss at the first optimiser step."),
+    "final_loss": Metric("nats", "lower", "info", 0.0, "The method's own loss, mean of the last tenth of the steps (at least one)."),
+    "eval_tokens_scored": Metric("tokens", "none", "exact", 0.0, "Held-out tokens scored."),
+    "eval_pairs_scored": Metric("pairs", "none", "exact", 0.0, "Held-out pairs scored."),
+}  # fmt: skip
+
+PHASES: tuple[str, ...] = (
+    "load", "attach", "data", "check", "reference", "warmup", "train", "evaluate", "save",
+)  # fmt: skip
+"""The phases of a round, in order. `reference` has no time where the method needs none."""
+
+HEADLINE_PHASES: tuple[str, ...] = ("reference", "warmup", "train")
+"""Peaks are the maximum over these: never load, evaluate or save (evaluation's full logits would win)."""
+
+
+def glossary() -> str:
+    """The METRICS table as Markdown, for the README."""
+    rows = ["| name | unit | better | compared | meaning |", "|---|---|---|---|---|"]
+    better = {"lower": "lower", "higher": "higher", "none": "-"}
+    rows += [
+        f"| `{name}` | {m.unit} | {better[m.direction]} | {m.metric_class} | {m.definition} |"
+        for name, m in METRICS.items()
+    ]
+    return "\n".join(rows)

@@ -1,0 +1,283 @@
+"""READ THIS FIRST: what happens to a case, top to bottom.
+
+    pytest (plugin.py)  ->  one fresh child process per round (worker.py)  ->  run_round, below:
+    load -> attach -> data -> check -> reference -> warm up -> [go] -> train -> evaluate -> save
+
+The parent process collects, shows progress and writes files; it never imports torch. The child
+does everything on this page and sends back one plain dictionary, the round's record.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from peftbench import adapters, evaluation, models, values
+from peftbench.batches import collate, completion_logprobs, forward_logits
+from peftbench.case import Case, Settings
+from peftbench.data.loading import load_task
+from peftbench.data.task import TokenTask
+from peftbench.evaluation import Quality
+from peftbench.measuring.phases import Phases
+from peftbench.quantization import layers_4bit
+from peftbench.record import FORMAT, measured
+from peftbench.training import Training
+
+
+class InvalidTrainingError(RuntimeError):
+    """A loss that is not finite: the case ran, its numbers mean nothing."""
+
+
+class Parent(Protocol):
+    """The other end of the child's pipe."""
+
+    def phase(self, name: str) -> None:
+        """A phase is about to start."""
+
+    def ready(self) -> None:
+        """Warmed up; blocks until the parent says go."""
+
+    def trained(self, seconds: float) -> None:
+        """The training clock has stopped."""
+
+
+class Gate:
+    """Turns the engines' boundaries into phases and messages."""
+
+    def __init__(self, phases: Phases, parent: Parent) -> None:
+        self._phases = phases
+        self._parent = parent
+
+    def reference_done(self) -> None:
+        self._phases.enter("warmup")
+
+    def warmed_up(self) -> None:
+        self._phases.enter("train", hold=self._parent.ready)
+
+    def trained(self) -> None:
+        self._parent.trained(self._phases.leave())
+
+
+def run_round(
+    case: Case, base: Quality | None, unquantized_base: Quality | None, parent: Parent
+) -> dict[str, Any]:
+    """Run one round of a case in this process and return its record.
+
+    `base` is what the untrained model scores on the same held-out data (`score_base`), and
+    `unquantized_base` the same before quantisation; both None when quality is not measured.
+    """
+    settings, start_unix_s = case.settings, time.time()
+    device = prepare_process(settings)
+    phases = Phases(device, parent.phase)
+
+    phases.enter("load")
+    model = load(case, device, quantize=adapters.ADAPTERS[case.adapter].quantizes_base)
+    base_bytes, quantized = models.base_bytes(model), len(layers_4bit(model))
+
+    phases.enter("attach")
+    model = adapters.attach(model, case.adapter, settings)
+    before = adapters.trainable_names(model)
+
+    phases.enter("data")
+    tokenizer = models.load_tokenizer(case.model, settings.weights)
+    task = load_task(settings, tokenizer, model.config.vocab_size)
+
+    phases.enter("check")
+    start_difference = start_max_logit_difference(model, case, task)
+    # A copy of the adapter, not of a whole model: `full` is compared with a fresh base instead.
+    at_start = None if case.adapter == "full" else adapters.snapshot(model)
+
+    phases.enter("reference")
+    learning_rate = case_learning_rate(case)
+    training = train(model, case, task, learning_rate, Gate(phases, parent))
+    if not all(math.isfinite(loss) for loss in training.losses):
+        step = next(i for i, loss in enumerate(training.losses) if not math.isfinite(loss))
+        raise InvalidTrainingError(f"the loss is {training.losses[step]} at step {step + 1}")
+
+    phases.enter("evaluate")
+    eos_id = model.config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
+    quality, kl = None, None
+    fresh_base = load(case, device, quantize=False) if case.adapter == "full" else None
+    if settings.measures_quality:
+        quality = evaluation.evaluate(model, task, settings, eos_id)
+        kl = kl_of(model, fresh_base, quality, task, case)
+    if fresh_base is not None:
+        at_start = adapters.snapshot(fresh_base)
+    assert at_start is not None
+    rows = touched_rows(model, task) if case.adapter == "full" else None
+    moved = adapters.moved_ratio(at_start, model, rows)
+    del fresh_base
+
+    phases.enter("save")
+    with tempfile.TemporaryDirectory(prefix="peftbench-") as folder:
+        adapter_bytes = adapters.save_adapter(model, Path(folder))
+    phases.leave()
+
+    if adapters.trainable_names(model) != before:
+        raise RuntimeError("the set of trainable parameters changed during the round")
+    total_params, trainable_params = adapters.count_params(model)
+    numbers: dict[str, float | int | None] = {
+        "total_params": total_params,
+        "trainable_params": trainable_params,
+        "trainable_ratio": trainable_params / total_params,
+        "adapter_bytes": adapter_bytes,
+        "base_bytes": base_bytes,
+        "quantized_modules": quantized,
+        "moved_ratio": moved,
+        "start_max_logit_difference": start_difference,
+        "learning_rate": learning_rate,
+        "truncated_prompts": task.truncated_prompts,
+        "truncated_completions": task.truncated_completions,
+        **values.loss_values(training),
+        **values.time_values(phases, training, case, task),
+        **values.memory_values(phases),
+        **values.quality_values(quality, base, unquantized_base, task, settings),
+        "kl_to_base_nats_per_token": kl,
+    }
+    return {
+        "format": FORMAT,
+        "status": "ok",
+        "case_id": case.id,
+        "case_hash": case.hash,
+        "case": case.to_dict(),
+        "seed": settings.seed,
+        "start_unix_s": start_unix_s,
+        **measured(numbers, values.null_reasons(case, device, phases)),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "adapter_dtype": ", ".join(
+            sorted(
+                {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
+            )
+        ),
+        "weights_hash": models.weights_hash(case.model, settings.weights, settings.seed),
+        "data_digest": task.digest,
+        "phases": {name: asdict(reading) for name, reading in phases.readings.items()},
+        "losses": training.losses,
+        "items": values.item_outcomes(quality, base),
+        "samples": values.samples_text(task, base, quality, tokenizer),
+    }
+
+
+def score_base(case: Case, quantize: bool, parent: Parent) -> Quality:
+    """What the model scores before any training; done once per session and model."""
+    device = prepare_process(case.settings)
+    parent.phase("load")
+    model = load(case, device, quantize=quantize)
+    parent.phase("data")
+    tokenizer = models.load_tokenizer(case.model, case.settings.weights)
+    task = load_task(case.settings, tokenizer, model.config.vocab_size)
+    eos_id = model.config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
+    parent.phase("evaluate")
+    return evaluation.evaluate(model, task, case.settings, eos_id)
+
+
+def prepare_process(settings: Settings) -> torch.device:
+    """Seeds, threads and the device; called in a fresh child only."""
+    torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+    torch.manual_seed(settings.seed)
+    if settings.device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if settings.device == "cuda":
+        return torch.device("cuda:0")
+    return torch.device("cpu")
+
+
+def load(case: Case, device: torch.device, *, quantize: bool) -> Any:
+    """The base model of a case, without dropout: frozen weights in `dtype`, trained in float32."""
+    settings = case.settings
+    trains_base = case.adapter == "full"
+    dtype = torch.float32 if trains_base else getattr(torch, settings.dtype)
+    model = models.load_model(
+        case.model, weights=settings.weights, dtype=dtype, device=device, quantize=quantize,
+        seed=settings.seed,
+    )  # fmt: skip
+    models.disable_dropout(model)
+    return model
+
+
+def case_learning_rate(case: Case) -> float:
+    """The setting if given, else the table's value for adapter and method, scaled for the model."""
+    if case.settings.learning_rate > 0:
+        return case.settings.learning_rate
+    row = adapters.ADAPTERS[case.adapter]
+    return row.learning_rates[case.method] * models.find_model(case.model).learning_rate_scale
+
+
+def train(model: Any, case: Case, task: TokenTask, learning_rate: float, gate: Gate) -> Training:
+    """Through the engine that the settings name."""
+    if case.settings.engine == "trl":
+        from peftbench import trl_engine
+
+        engine_train = trl_engine.train
+    else:
+        from peftbench import training
+
+        engine_train = training.train
+    return engine_train(
+        model, task, case.settings, case.method, learning_rate, gate, reference_of(model, case)
+    )
+
+
+def reference_of(model: Any, case: Case) -> AbstractContextManager[None]:
+    """A context in which the model, not yet trained, answers as the reference."""
+    return nullcontext() if case.adapter == "full" else adapters.adapter_off(model)
+
+
+def start_max_logit_difference(model: Any, case: Case, task: TokenTask) -> float:
+    """Largest |adapted - base| logit over a few training rows, before any step."""
+    device = next(model.parameters()).device
+    batch = collate(task.train[:4], "chosen", device)
+    with evaluation.evaluating(model, case.settings):
+        adapted = forward_logits(model, batch, batch.completion_length)
+        with reference_of(model, case):
+            plain = forward_logits(model, batch, batch.completion_length)
+    return float((adapted - plain)[batch.completion_mask].abs().max())
+
+
+def touched_rows(model: Any, task: TokenTask) -> dict[str, torch.Tensor]:
+    """Masks over embedding rows that training could move: the others have no gradient.
+
+    A token embedding that is tied to the head has a gradient in every row, through the softmax.
+    """
+    ids = torch.tensor(sorted({t for p in task.train for t in p.prompt + p.chosen + p.rejected}))
+    longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in task.train)
+    head = model.get_output_embeddings()
+    rows = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Embedding):
+            continue
+        if head is not None and module.weight is head.weight:
+            continue
+        mask = torch.zeros(module.num_embeddings, dtype=torch.bool)
+        if module is model.get_input_embeddings():
+            mask[ids] = True
+        else:  # learned positions; OPT's start at an offset
+            offset = getattr(module, "offset", 0)
+            mask[offset : offset + longest] = True
+        rows[f"{name}.weight"] = mask
+    return rows
+
+
+def kl_of(model: Any, fresh_base: Any, quality: Quality, task: TokenTask, case: Case) -> float:
+    """KL to the base on the policy's own samples; `full` is compared with a base loaded anew."""
+    device = next(model.parameters()).device
+    batch = collate(evaluation.sampled_pairs(task, quality.samples), "chosen", device)
+    with evaluation.evaluating(model, case.settings):
+        policy = completion_logprobs(model, batch)
+        with reference_of(model, case):
+            base_model = model if fresh_base is None else fresh_base.eval()
+            base = completion_logprobs(base_model, batch)
+    return evaluation.kl_to_base(policy, base, batch.completion_mask)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

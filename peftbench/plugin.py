@@ -1,0 +1,293 @@
+"""The pytest plugin: options, the matrix as parameters, the runner, what the JSON gets.
+
+Loaded in every pytest session of an environment that has peftbench, so it imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftbench.adapters import ADAPTERS
+from peftbench.case import CHOICES, PRESETS, Case, Preset, Settings, check_settings
+from peftbench.data.loading import check_data, check_lengths
+from peftbench.errors import UserError, unknown_name
+from peftbench.methods import METHODS
+from peftbench.models import check_model, model_context
+from peftbench.progress import Progress
+from peftbench.record import FORMAT, dumps, write_atomically
+from peftbench.session import Session, run_case
+from peftbench.summary import summary_lines
+from peftbench.trl_engine import check_trl
+
+SETTING_TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
+SWITCHES = {"bool"}
+
+HELP = {
+    "engine": "native: one loop for all methods; trl: the same cases through TRL's trainers",
+    "data": "tinywiki, wikipedia-sample, wikitext-2, wikitext-103, a Hub data set, or a local path",
+    "weights": "random: build the model from its config; quality is then not measured",
+    "pairs": "preference pairs that every method trains on",
+    "time_budget_s": "stop training after so many seconds (0: the pairs are the budget)",
+    "learning_rate": "one value for all cases (0: the table's, by adapter and method)",
+}
+
+
+def option_name(setting: str) -> str:
+    return "--" + setting.removesuffix("_s").replace("_", "-")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("peftbench", "peftbench: what is trained, and how")
+    group.addoption("--preset", default="quick", help=f"one of: {', '.join(PRESETS)}")
+    group.addoption("--models", help="comma-separated names, Hub ids or local folders")
+    group.addoption("--adapters", help=f"comma-separated, of: {', '.join(ADAPTERS)}")
+    group.addoption("--methods", help=f"comma-separated, of: {', '.join(METHODS)}")
+    group.addoption(
+        "--rounds", "--seeds", type=int, dest="rounds",
+        help="fresh processes per case, with seeds seed, seed + 1, ...",
+    )  # fmt: skip
+    group.addoption(
+        "--results-dir", default="output/runs", help="where each finished round is written at once"
+    )
+    group.addoption(
+        "--case-timeout", type=float, default=7200.0, help="seconds after which a case is ended"
+    )
+    for setting in fields(Settings):
+        choices = f" ({' | '.join(CHOICES[setting.name])})" if setting.name in CHOICES else ""
+        text = HELP.get(setting.name, setting.name.replace("_", " ")) + choices
+        name, dest = option_name(setting.name), f"peftbench_{setting.name}"
+        if str(setting.type) in SWITCHES:
+            group.addoption(name, action="store_true", default=None, dest=dest, help=text)
+        else:
+            kind = SETTING_TYPES[str(setting.type)]
+            group.addoption(name, type=kind, default=None, dest=dest, help=text)
+
+
+def _names(config: pytest.Config, option: str, default: tuple[str, ...]) -> tuple[str, ...]:
+    given = config.getoption(option)
+    if given is None:
+        return default
+    names = tuple(dict.fromkeys(n.strip() for n in given.split(",") if n.strip()))
+    if not names:
+        raise UserError(f"--{option} is empty; give at least one name")
+    return names
+
+
+def selection(config: pytest.Config) -> tuple[Preset, list[Case]]:
+    """The preset with the options applied, and its cases in order."""
+    name = config.getoption("preset")
+    if name not in PRESETS:
+        raise unknown_name("preset", name, PRESETS)
+    preset = PRESETS[name]
+    given = {f.name: config.getoption(f"peftbench_{f.name}") for f in fields(Settings)}
+    settings = replace(preset.settings, **{k: v for k, v in given.items() if v is not None})
+    rounds = config.getoption("rounds")
+    preset = Preset(
+        _names(config, "models", preset.models),
+        _names(config, "adapters", preset.adapters),
+        _names(config, "methods", preset.methods),
+        settings,
+        preset.rounds if rounds is None else rounds,
+    )
+    for kind, names, table in (("adapter", preset.adapters, ADAPTERS),
+                               ("method", preset.methods, METHODS)):  # fmt: skip
+        for n in names:
+            if n not in table:
+                raise unknown_name(kind, n, table)
+    if preset.rounds < 1:
+        raise UserError(f"rounds is {preset.rounds}; it must be at least 1")
+    check_settings(settings)
+    cases = [
+        Case(m, a, x, settings)
+        for m in preset.models for a in preset.adapters for x in preset.methods
+    ]  # fmt: skip
+    return preset, cases
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        config.stash[SELECTION] = selection(config)
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+SELECTION = pytest.StashKey[tuple[Preset, list[Case]]]()
+SESSION = pytest.StashKey[Session]()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if {"model", "adapter", "method"} <= set(metafunc.fixturenames):
+        _, cases = metafunc.config.stash[SELECTION]
+        # strings, because pytest-benchmark stores nothing else as a parameter
+        metafunc.parametrize(
+            ("model", "adapter", "method"),
+            [(c.model, c.adapter, c.method) for c in cases],
+            ids=[c.id for c in cases],
+        )
+
+
+def is_bench_item(item: pytest.Item) -> bool:
+    return "peftbench_run" in getattr(item, "fixturenames", ())
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse what cannot work before the first case starts; with `--collect-only`, only names."""
+    config = session.config
+    items = [i for i in session.items if is_bench_item(i)]
+    if not items or config.getoption("collectonly"):
+        return
+    preset, _ = config.stash[SELECTION]
+    try:
+        preflight(preset, {i.callspec.params["model"] for i in items})  # type: ignore[attr-defined]
+        folder = writable_folder(Path(config.getoption("results_dir")))
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from None
+    progress = Progress(len(items))
+    config.stash[SESSION] = Session(
+        folder, progress, preset.rounds, config.getoption("case_timeout")
+    )
+
+
+def preflight(preset: Preset, models: set[str]) -> None:
+    """Platform, models, data and lengths, in the order in which a user would fix them."""
+    if sys.platform == "win32":
+        raise UserError("peftbench does not run on Windows itself; run it inside WSL2")
+    settings = preset.settings
+    for model in preset.models:
+        if model in models:
+            check_model(model, settings.weights)
+    check_data(settings)
+    for model in preset.models:
+        if model in models:
+            context = model_context(model, settings.weights)
+            if context is not None and "prefix" in preset.adapters:
+                context -= settings.prefix_tokens  # learned positions count the prefix too
+            check_lengths(settings, context)
+
+
+def writable_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / ".writable", "")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(
+            f"results folder {str(folder)!r} cannot be written ({error.strerror});"
+            f" give another with --results-dir"
+        ) from None
+    return folder
+
+
+def impossible(case: Case) -> str | None:
+    """The sentence a user needs for a combination that cannot work, or None."""
+    settings = case.settings
+    if case.adapter == "prefix" and settings.gradient_checkpointing:
+        return "prefix tuning feeds its prefix as a cache, which gradient checkpointing turns off"
+    if settings.engine == "trl":
+        if settings.time_budget_s > 0:
+            return "a time budget needs --engine native"
+        try:
+            check_trl(case.method, settings)
+        except UserError as error:
+            return str(error)
+    return None
+
+
+@pytest.fixture
+def peftbench_run(
+    model: str, adapter: str, method: str, request: pytest.FixtureRequest, benchmark: Any
+) -> Any:
+    """A function that trains and measures the test's case and returns its row."""
+    config = request.config
+    preset, _ = config.stash[SELECTION]
+    case = Case(model, adapter, method, preset.settings)
+    session = config.stash[SESSION]
+    benchmark.group = case.id.removesuffix(f"-{adapter}-{method}")
+
+    def run() -> dict[str, Any]:
+        sentence = impossible(case)
+        if sentence is not None:
+            session.skip(case, sentence)
+            pytest.skip(sentence)
+        row = run_case(session, case, benchmark)
+        if row["status"] not in ("ok", "oom"):
+            pytest.fail(
+                f"{case.id}: {row['status']} in phase {row['phase']}: {row['reason']}\n"
+                + row.get("traceback", ""),
+                pytrace=False,
+            )
+        return row
+
+    return run
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_teststatus(
+    report: pytest.TestReport,
+) -> tuple[str, str, str] | None:
+    """Bench cases have a line of their own: no dots between them."""
+    if report.when == "call" and "peftbench_run" in getattr(report, "keywords", {}):
+        return (report.outcome, "", "")
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_bench_item(item):
+            item.keywords["peftbench_run"] = True
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """Every case under one key of our own, those without a time included."""
+    session = config.stash.get(SESSION, None)
+    if session is not None:
+        output_json["peftbench"] = session_json(session)
+
+
+def session_json(session: Session) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "run_id": session.run_id,
+        "cases": [
+            {k: row[k] for k in ("case_id", "case_hash", "status", "phase", "reason") if k in row}
+            for row in session.rows
+        ],
+    }
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    ours = session.config.stash.get(SESSION, None)
+    if ours is not None:
+        ours.progress.close()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    session = config.stash.get(SESSION, None)
+    if session is None or not session.rows:
+        return
+    terminalreporter.section(f"peftbench: {len(session.rows)} cases")
+    for line in summary_lines(session.rows):
+        terminalreporter.write_line(line)
+    terminalreporter.write_line(f"each round is kept in {session.folder}")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """pytest-benchmark writes no file when no case has a time: then ours holds the statuses."""
+    session = config.stash.get(SESSION, None)
+    target = config.getoption("benchmark_json", None)
+    if session is None or target is None or any(r["status"] == "ok" for r in session.rows):
+        return
+    name = target if isinstance(target, (str, os.PathLike)) else target.name
+    empty = {"benchmarks": [], "machine_info": {}, "commit_info": {}, "version": "5.3.1"}
+    write_atomically(Path(name), dumps(empty | {"peftbench": session_json(session)}))

@@ -1,0 +1,89 @@
+"""What one round of one case measured: plain values, strict JSON, written at once.
+
+Format history: 1 (first).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from peftbench.metrics import METRICS
+
+FORMAT = 1
+
+STATUSES = (
+    "ok", "oom", "timeout", "crashed", "failed", "invalid", "skipped", "interrupted",
+)  # fmt: skip
+
+
+def measured(values: dict[str, float | int | None], reasons: dict[str, str]) -> dict[str, Any]:
+    """Every metric of the table: its value, or null with a reason.
+
+    `reasons` gives the reason of each null; a value that is not finite becomes null and says so.
+    Raises: KeyError for a name that METRICS lacks, ValueError for a null without a reason.
+    """
+    unknown = sorted(set(values) - set(METRICS))
+    if unknown:
+        raise KeyError(f"not in METRICS: {', '.join(unknown)}")
+    out: dict[str, Any] = {}
+    nulls: dict[str, str] = {}
+    for name in METRICS:
+        value = values.get(name)
+        if value is not None and not math.isfinite(value):
+            nulls[name], value = f"the value is {value}", None
+        elif value is None:
+            if name not in reasons:
+                raise ValueError(f"{name} was not measured and no reason is given")
+            nulls[name] = reasons[name]
+        out[name] = value
+    return out | {"null_reasons": nulls}
+
+
+def merge_rounds(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """One record of several rounds: each metric's median, all rounds kept under `rounds`.
+
+    Everything else (provenance, samples, phases) is the first round's. A metric that is null in
+    any round is null, with that round's reason.
+    """
+    first = rounds[0]
+    merged = dict(first)
+    nulls = dict(first["null_reasons"])
+    for name in METRICS:
+        values = [r[name] for r in rounds]
+        if None in values:
+            merged[name] = None
+            at = values.index(None)
+            nulls[name] = rounds[at]["null_reasons"][name]
+        else:
+            middle = statistics.median(values)
+            merged[name] = int(middle) if isinstance(values[0], int) and middle % 1 == 0 else middle
+    merged["null_reasons"] = nulls
+    keep = ("seed", "losses", "items", "start_unix_s", *METRICS)
+    merged["rounds"] = [{k: r[k] for k in keep if k in r} for r in rounds]
+    return merged
+
+
+def dumps(data: Any) -> str:
+    """Strict JSON: a NaN or an infinity raises ValueError instead of being written."""
+    return json.dumps(data, allow_nan=False, ensure_ascii=False, indent=1)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file has either its old content or all of the new: a temporary file, then a rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,239 @@
+"""The one native training loop: every method and adapter goes through it, so they compare.
+
+The loop stands on accelerate (device placement, precision, clipping). Its clock belongs to the
+caller: the loop says where a phase ends through a `Gate`, with the device synchronised.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from peftbench.batches import Batch, Sides, collate
+from peftbench.data.task import TokenPair, TokenTask
+from peftbench.errors import UserError
+from peftbench.methods import METHODS, dpo, orpo, sft
+
+if TYPE_CHECKING:
+    from peftbench.case import Settings
+
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPS = 1e-8
+
+
+class Gate(Protocol):
+    """The phase boundaries of a training, called by either engine."""
+
+    def reference_done(self) -> None:
+        """Reference log-probabilities are known; no optimiser step has been made."""
+
+    def warmed_up(self) -> None:
+        """The warm-up steps are done. Blocks until the parent says go: then the clock runs."""
+
+    def trained(self) -> None:
+        """The last step is done and the device synchronised: the clock stops."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training leaves beside the model."""
+
+    losses: list[float]  # mean loss of each optimiser step, warm-up included, nats
+    step_s: list[float]  # wall time of each step, warm-up included; device events on a GPU
+
+
+class StepClock:
+    """Times steps without waiting for the device: CUDA events on a GPU, else the wall clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Called at the start and at the end of every step."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def step_s(self) -> list[float]:
+        """Seconds of each step; the device must be synchronised."""
+        ends = zip(self._marks[::2], self._marks[1::2], strict=True)
+        if self._cuda:
+            return [start.elapsed_time(end) / 1000 for start, end in ends]
+        return [end - start for start, end in ends]
+
+
+def micro_batches(
+    pairs: tuple[TokenPair, ...], settings: Settings
+) -> Iterator[list[list[TokenPair]]]:
+    """The micro-batches of each optimiser step, in the task's order; a ragged rest is left out."""
+    window = settings.batch_size * settings.gradient_accumulation
+    for start in range(0, len(pairs) - window + 1, window):
+        yield [
+            list(pairs[at : at + settings.batch_size])
+            for at in range(start, start + window, settings.batch_size)
+        ]
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one optimiser step reads: its micro-batches, padded and on the device."""
+
+    batches: list[Batch]
+    completion_tokens: int  # chosen completion tokens of all of them: SFT's normaliser
+
+
+def build_windows(
+    task: TokenTask, settings: Settings, sides: Sides, device: torch.device
+) -> list[Window]:
+    """All steps of the budget, so that no padding or copy to the device falls inside the clock."""
+    return [
+        Window(
+            [collate(pairs, sides, device) for pairs in window],
+            sum(len(pair.chosen) for pairs in window for pair in pairs),
+        )
+        for window in micro_batches(task.train, settings)
+    ]
+
+
+def reference_logratios(
+    model: Any, windows: list[Window], reference: AbstractContextManager[None]
+) -> list[torch.Tensor]:
+    """Per micro-batch of the whole budget, (B,) log p(chosen) - log p(rejected) of the reference.
+
+    The reference is the model before its first step with the adapter switched off: for `full`
+    nothing is trained yet, so the model itself. Stored: 4 bytes a pair.
+    """
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), reference:
+        rows = [dpo.logratios(model, batch) for window in windows for batch in window.batches]
+    model.train(was_training)
+    return rows
+
+
+def build_optimizer(model: Any, settings: Settings, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW over what requires a gradient; fused on a GPU."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise RuntimeError("nothing to train: no parameter requires a gradient")
+    if settings.optimizer == "paged-adamw-8bit":
+        import bitsandbytes
+
+        optimizer: torch.optim.Optimizer = bitsandbytes.optim.PagedAdamW8bit(
+            trained, lr=learning_rate, weight_decay=settings.weight_decay
+        )
+        return optimizer
+    return torch.optim.AdamW(
+        trained, lr=learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS,
+        weight_decay=settings.weight_decay, fused=trained[0].is_cuda,
+    )  # fmt: skip
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, settings: Settings
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear to zero over the budget's steps, or constant; no learning-rate warm-up."""
+    steps = settings.steps
+    if settings.schedule == "linear":
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+def batch_loss(
+    model: Any, batch: Batch, method: str, settings: Settings, *,
+    window_tokens: int, reference: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """One micro-batch's share of the optimiser step's loss."""
+    accumulation = settings.gradient_accumulation
+    if method == "sft":
+        return sft.loss(model, batch, window_tokens)
+    if method == "dpo":
+        assert reference is not None
+        return dpo.loss(model, batch, reference, settings.beta, accumulation)
+    if method == "orpo":
+        return orpo.loss(model, batch, settings.orpo_lambda, settings.orpo_nll_on, accumulation)
+    raise UserError(f"method {method!r} has no native loss; choose from: {', '.join(METHODS)}")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def train(
+    model: Any,
+    task: TokenTask,
+    settings: Settings,
+    method: str,
+    learning_rate: float,
+    gate: Gate,
+    reference: AbstractContextManager[None],
+) -> Training:
+    """Train in place for the budget; the model is left in training mode.
+
+    `reference` is a context in which the model answers as the reference (the adapter switched off).
+    Nothing inside the timed window evaluates, writes, or waits for the device: losses stay on it
+    until the clock has stopped.
+    """
+    from accelerate import Accelerator
+
+    device = next(model.parameters()).device
+    bf16 = settings.dtype == "bfloat16"
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device.type == "cpu")
+    model.train()
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    windows = build_windows(task, settings, METHODS[method].sides, device)
+    reference_rows: list[torch.Tensor] = []
+    if METHODS[method].needs_reference:
+        with accelerator.autocast():
+            reference_rows = reference_logratios(model, windows, reference)
+    synchronize(device)
+    gate.reference_done()
+
+    optimizer = build_optimizer(model, settings, learning_rate)
+    schedule = build_schedule(optimizer, settings)
+    wrapped = accelerator.prepare_model(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    losses: list[torch.Tensor] = []
+    clock = StepClock(device)
+    started_s = time.perf_counter()
+    for step, window in enumerate(windows):
+        if step == settings.warmup_steps:
+            synchronize(device)
+            gate.warmed_up()
+            started_s = time.perf_counter()
+        clock.mark()
+        step_loss = torch.zeros((), device=device)
+        for micro, batch in enumerate(window.batches):
+            at = step * settings.gradient_accumulation + micro
+            loss = batch_loss(
+                wrapped, batch, method, settings,
+                window_tokens=window.completion_tokens,
+                reference=reference_rows[at] if reference_rows else None,
+            )  # fmt: skip
+            accelerator.backward(loss)
+            step_loss += loss.detach()
+        if settings.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(step_loss)
+        clock.mark()
+        if 0 < settings.time_budget_s <= time.perf_counter() - started_s:
+            break
+    synchronize(device)
+    gate.trained()
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    return Training([float(x) for x in losses], clock.step_s())

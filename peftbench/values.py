@@ -1,0 +1,178 @@
+"""From what a round observed to the values of its record: arithmetic only, no model runs here."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peftbench import evaluation
+from peftbench.batches import token_counts
+from peftbench.case import Case, Settings
+from peftbench.data.task import TokenTask
+from peftbench.evaluation import Quality
+from peftbench.measuring.phases import Phases
+from peftbench.methods import METHODS
+from peftbench.metrics import HEADLINE_PHASES, PHASES
+from peftbench.training import Training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def loss_values(training: Training) -> dict[str, float]:
+    tail = training.losses[-max(1, len(training.losses) // 10) :]
+    return {"first_loss": training.losses[0], "final_loss": math.fsum(tail) / len(tail)}
+
+
+def time_values(
+    phases: Phases, training: Training, case: Case, task: TokenTask
+) -> dict[str, float | int | None]:
+    """Seconds by phase, step quantiles and rates; counts of what was trained on."""
+    settings, row = case.settings, METHODS[case.method]
+    seconds: dict[str, float | None] = {n: r.seconds for n, r in phases.readings.items()}
+    if not row.needs_reference:
+        seconds["reference"] = None  # the phase was entered and left empty
+    steps = len(training.step_s)
+    window = settings.batch_size * settings.gradient_accumulation
+    counts = [
+        token_counts(task.train[at : at + settings.batch_size], row.sides)
+        for at in range(0, steps * window, settings.batch_size)
+    ]
+    timed = counts[settings.warmup_steps * settings.gradient_accumulation :]
+    timed_steps = sorted(training.step_s[settings.warmup_steps :])
+    train_s = phases.readings["train"].seconds
+    method_s = [seconds[n] for n in ("reference", "warmup", "train")]
+    return {
+        **{f"{name}_s": seconds.get(name) for name in PHASES},
+        "total_s": math.fsum(r.seconds for r in phases.readings.values()),
+        "method_s": math.fsum(s for s in method_s if s is not None),
+        "first_step_s": training.step_s[0],
+        "step_p50_s": quantile(timed_steps, 0.5),
+        "step_p95_s": quantile(timed_steps, 0.95),
+        "tokens_per_s": sum(real for real, _ in timed) / train_s,
+        "padded_tokens_per_s": sum(padded for _, padded in timed) / train_s,
+        "samples_per_s": len(timed) * settings.batch_size / train_s,
+        "pairs": steps * window,
+        "steps": steps,
+        "train_tokens": sum(real for real, _ in counts),
+    }
+
+
+def quantile(ordered: list[float], q: float) -> float:
+    """Linear interpolation between the closest ranks of an ascending list."""
+    at = q * (len(ordered) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+def memory_values(phases: Phases) -> dict[str, int | None]:
+    """Peaks over the headline phases; None where a source does not exist."""
+    readings = [phases.readings[n] for n in HEADLINE_PHASES if n in phases.readings]
+    values: dict[str, int | None] = {}
+    for name in ("host_peak_rss_bytes", "torch_peak_allocated_bytes", "torch_peak_reserved_bytes"):
+        peaks = [getattr(r, name) for r in readings]
+        values[name] = None if None in peaks else max(peaks)
+    peak, start = values["host_peak_rss_bytes"], phases.start_rss_bytes
+    values["host_peak_rss_delta_bytes"] = None if peak is None or start is None else peak - start
+    return values
+
+
+def quality_values(
+    quality: Quality | None,
+    base: Quality | None,
+    unquantized: Quality | None,
+    task: TokenTask,
+    settings: Settings,
+) -> dict[str, float | int | None]:
+    """Quality after training with the base's beside it; empty when quality is not measured."""
+    if quality is None:
+        return {}
+    values: dict[str, float | int | None] = {
+        **evaluation.text_metrics(quality.text, task.test_bytes),
+        **evaluation.pair_metrics(quality.pairs),
+        "eval_tokens_scored": sum(quality.text.window_tokens),
+        "eval_pairs_scored": len(quality.pairs.chosen),
+    }
+    if task.floor_nats is not None:
+        values["perplexity_floor"] = math.exp(task.floor_nats / sum(quality.text.window_tokens))
+    if base is not None:
+        text = evaluation.text_metrics(base.text, task.test_bytes)
+        for name in ("perplexity", "nll_per_token", "bits_per_byte", "next_token_accuracy"):
+            values[f"{name}_base"] = text[name]
+        pairs = evaluation.pair_metrics(base.pairs)
+        values["preference_accuracy_base"] = pairs["preference_accuracy"]
+        values["reward_margin"] = evaluation.reward_margin(quality.pairs, base.pairs, settings.beta)
+    if unquantized is not None:
+        text = evaluation.text_metrics(unquantized.text, task.test_bytes)
+        pairs = evaluation.pair_metrics(unquantized.pairs)
+        values["perplexity_unquantized_base"] = text["perplexity"]
+        values["preference_accuracy_unquantized_base"] = pairs["preference_accuracy"]
+    return values
+
+
+def null_reasons(case: Case, device: torch.device, phases: Phases) -> dict[str, str]:
+    """Why each metric that has no value has none."""
+    on_cpu = f"the run used {device.type}, no GPU"
+    reasons = dict.fromkeys(
+        ("peak_gpu_memory_bytes", "nvml_process_peak_bytes", "nvml_device_peak_bytes",
+         "torch_peak_allocated_bytes", "torch_peak_reserved_bytes"),
+        on_cpu if device.type == "cpu" else "not reported by the parent process",
+    )  # fmt: skip
+    reasons["reference_s"] = f"{case.method} has no reference"
+    reasons["perplexity_floor"] = "the entropy of this text is not known"
+    for name in ("host_peak_rss_bytes", "host_peak_rss_delta_bytes"):
+        reasons[name] = phases.peak_unavailable or "no /proc on this system"
+    not_quantized = f"{case.adapter} does not quantise its base"
+    for name in ("perplexity_unquantized_base", "preference_accuracy_unquantized_base"):
+        reasons[name] = not_quantized
+    if not case.settings.measures_quality:
+        random = "weights" if case.settings.weights == "random" else "ids"
+        for name in QUALITY:
+            reasons[name] = f"random {random} (seed {case.settings.seed}): quality means nothing"
+    for name in ("perplexity_se", "nll_per_token_se"):
+        reasons.setdefault(name, "one window only")
+    return reasons
+
+
+QUALITY = (
+    "perplexity", "perplexity_se", "perplexity_base", "perplexity_unquantized_base",
+    "perplexity_floor", "nll_per_token", "nll_per_token_se", "nll_per_token_base", "bits_per_byte",
+    "bits_per_byte_base", "next_token_accuracy", "next_token_accuracy_base", "preference_accuracy",
+    "preference_accuracy_se", "preference_accuracy_base", "preference_accuracy_unquantized_base",
+    "reward_margin", "kl_to_base_nats_per_token", "eval_tokens_scored", "eval_pairs_scored",
+)  # fmt: skip
+
+
+def item_outcomes(quality: Quality | None, base: Quality | None) -> dict[str, Any]:
+    """Outcomes of single items, so that two runs, or before and after, can be paired by item."""
+    if quality is None or base is None:
+        return {}
+    return {
+        "preference_correct": "".join("01"[c] for c in quality.pairs.correct()),
+        "preference_correct_base": "".join("01"[c] for c in base.pairs.correct()),
+        "window_nll_nats": [round(x, 4) for x in quality.text.window_nll],
+        "window_nll_base_nats": [round(x, 4) for x in base.text.window_nll],
+        "window_tokens": quality.text.window_tokens,
+    }
+
+
+def samples_text(
+    task: TokenTask,
+    base: Quality | None,
+    quality: Quality | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> list[dict[str, str]]:
+    """Prompts with what the model wrote before and after, for people to look at."""
+    if quality is None or base is None or tokenizer is None:
+        return []
+    return [
+        {
+            "prompt": tokenizer.decode(pair.prompt),
+            "before": tokenizer.decode(before),
+            "after": tokenizer.decode(after),
+        }
+        for pair, before, after in zip(task.test, base.samples, quality.samples, strict=False)
+    ]

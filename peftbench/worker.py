@@ -1,0 +1,255 @@
+"""The child process of a round: how it is started, what it says, how it ends.
+
+Every round runs in a fresh process, so no round sees another's allocator, caches or patched
+modules. Children are forked from a server that has the heavy modules imported (first child some
+seconds, every later one some hundredths), or spawned where the platform has no fork server. The
+server only imports: a threaded operation in it would hang every child.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import re
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+from peftbench.case import Case
+
+# On a CUDA build `import peft` imports bitsandbytes, which asks for the device's capability: CUDA
+# would be initialised in the server, and no forked child could use it any more.
+PRELOAD_CUDA = (
+    "torch", "numpy", "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama", "transformers.generation.utils",
+)  # fmt: skip
+PRELOAD_CPU = (
+    *PRELOAD_CUDA, "peft", "bitsandbytes", "accelerate", "peftbench.pipeline",
+    "peftbench.training", "transformers.integrations.bitsandbytes",
+    "transformers.tokenization_utils_tokenizers",
+)  # fmt: skip
+
+SERVER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # the server must never own a thread pool; children set their own
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a round that has no record ended."""
+
+    status: str  # oom, timeout, crashed, failed, invalid, skipped or interrupted
+    phase: str
+    reason: str  # one line
+    traceback: str = ""
+
+
+class RoundStoppedError(Exception):
+    """The child of a round ended without a record."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(f"{outcome.status} in phase {outcome.phase}: {outcome.reason}")
+        self.outcome = outcome
+
+
+def torch_has_cuda() -> bool:
+    """Whether the installed torch is a CUDA build, read from its files: nothing is imported."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    text = (Path(spec.origin).parent / "version.py").read_text()
+    return re.search(r"^cuda\b[^=]*=\s*['\"]", text, re.MULTILINE) is not None
+
+
+def process_context() -> BaseContext:
+    """The fork server with its preload list set, or spawn where it is not to be had."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD_CUDA if torch_has_cuda() else PRELOAD_CPU))
+    return context
+
+
+@contextmanager
+def _clean_start() -> Iterator[None]:
+    """The server's environment, and a `__main__` without a file.
+
+    multiprocessing re-imports the parent's main script in every child: here pytest, for nothing.
+    """
+    saved = {name: os.environ.get(name) for name in SERVER_ENVIRONMENT}
+    main = sys.modules["__main__"]
+    os.environ.update(SERVER_ENVIRONMENT)
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+        for name, value in saved.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class Child:
+    """The parent's handle on one child. Use as a context manager: leaving it reaps the process."""
+
+    def __init__(
+        self,
+        context: BaseContext,
+        job: dict[str, Any],
+        log: Path,
+        on_phase: Callable[[str], None],
+        time_limit_s: float,
+    ) -> None:
+        self.phase = "start"
+        self._on_phase = on_phase
+        self._deadline = time.monotonic() + time_limit_s
+        self._time_limit_s = time_limit_s
+        self._log = log
+        self._pipe, theirs = context.Pipe()
+        self.process = context.Process(  # type: ignore[attr-defined]
+            target=child_main, args=(theirs, job, str(log)), daemon=True
+        )
+        with _clean_start():
+            self.process.start()
+        theirs.close()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process, whatever it is doing, and free what belongs to it."""
+        self._pipe.close()
+        self.process.join(timeout=2.0)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.process.close()
+
+    def send(self, message: str) -> None:
+        try:
+            self._pipe.send(message)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise RoundStoppedError(self._death()) from error
+
+    def receive(self, wanted: str) -> Any:
+        """The value of the next message of that kind; phases on the way are announced.
+
+        Raises: RoundStoppedError when the child reports a failure, dies, or runs out of time.
+        """
+        while True:
+            left_s = self._deadline - time.monotonic()
+            if left_s <= 0 or not self._pipe.poll(left_s):
+                self.process.kill()
+                raise RoundStoppedError(
+                    Outcome("timeout", self.phase, f"no end after {self._time_limit_s:g} s")
+                )
+            try:
+                kind, value = self._pipe.recv()
+            except (EOFError, ConnectionResetError) as error:
+                raise RoundStoppedError(self._death()) from error
+            if kind == "phase":
+                self.phase = value
+                self._on_phase(value)
+            elif kind == "stopped":
+                raise RoundStoppedError(Outcome(**value))
+            elif kind == wanted:
+                return value
+            else:
+                raise AssertionError(f"child said {kind!r} where {wanted!r} was due")
+
+    def _death(self) -> Outcome:
+        self.process.join(timeout=5.0)
+        code = self.process.exitcode
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        tail = self._log.read_text(errors="replace")[-2000:] if self._log.exists() else ""
+        return Outcome("crashed", self.phase, f"the process died with {how}", tail)
+
+
+class _Pipe:
+    """The child's end: what `pipeline.Parent` asks for."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.current = "import"
+
+    def phase(self, name: str) -> None:
+        self.current = name
+        self._connection.send(("phase", name))
+
+    def ready(self) -> None:
+        self._connection.send(("ready", None))
+        if self._connection.recv() != "go":
+            raise AssertionError("the parent said something else than go")
+
+    def trained(self, seconds: float) -> None:
+        self._connection.send(("trained", seconds))
+
+
+def child_main(connection: Connection, job: dict[str, Any], log: str) -> None:
+    """Run one job and send its result; what goes wrong becomes a status here and nowhere else."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(SERVER_ENVIRONMENT)  # a spawned child has no server to inherit it from
+    pipe = _Pipe(connection)
+    try:
+        connection.send(("result", _run(job, pipe)))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BaseException as error:  # noqa: BLE001 - the worker's boundary
+        connection.send(("stopped", asdict(outcome_of(error, pipe.current))))
+
+
+def _run(job: dict[str, Any], pipe: _Pipe) -> Any:
+    from peftbench import pipeline
+    from peftbench.evaluation import Quality
+
+    case = Case.from_dict(job["case"])
+    if job["kind"] == "base":
+        return asdict(pipeline.score_base(case, job["quantize"], pipe))
+    bases = [None if b is None else Quality.from_dict(b) for b in (job["base"], job["unquantized"])]
+    return pipeline.run_round(case, bases[0], bases[1], pipe)
+
+
+def outcome_of(error: BaseException, phase: str) -> Outcome:
+    """The status of an exception that ended a round."""
+    import torch
+
+    from peftbench.errors import UserError
+    from peftbench.pipeline import InvalidTrainingError
+
+    text = "".join(traceback.format_exception(error))
+    lines = str(error).strip().splitlines()
+    message = lines[0] if lines else ""
+    # torch's CPU allocator raises a plain RuntimeError, so its words are all there is to go by
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError)
+        and any(w in str(error) for w in ("can't allocate memory", "std::bad_alloc"))
+    )
+    if out_of_memory:
+        return Outcome("oom", phase, f"{type(error).__name__}: {message}", text)
+    if isinstance(error, InvalidTrainingError):
+        return Outcome("invalid", phase, message)
+    if isinstance(error, UserError):
+        return Outcome("failed", phase, message)
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return Outcome("failed", phase, f"{type(error).__name__}: {message}{where}", text)

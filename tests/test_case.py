@@ -1,0 +1,102 @@
+"""Identity of cases: names, hashes, validation."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+
+from peftbench.adapters import ADAPTERS
+from peftbench.case import CHOICES, PRESETS, Case, Settings, check_settings
+from peftbench.errors import UserError, unknown_name
+from peftbench.methods import METHODS
+from peftbench.models import MODELS
+
+
+def test_id_reads_model_adapter_method():
+    assert Case("tiny-gpt2", "lora", "dpo").id == "tiny-gpt2-lora-dpo"
+    assert Case("someone/model-x", "ia3", "sft").id == "model-x-ia3-sft"
+    assert Case("/data/models/mine/", "full", "orpo").id == "mine-full-orpo"
+
+
+def test_hash_is_golden_so_a_new_field_cannot_void_history():
+    assert Case("tiny-gpt2", "lora", "dpo").hash == "0eb4f19f18f8"
+    changed = Case("tiny-gpt2", "lora", "dpo", Settings(rank=16, dtype="bfloat16"))
+    assert changed.hash == "e2e26e0f6dbe"
+
+
+def test_identity_holds_only_what_differs_from_the_default():
+    case = Case("m", "lora", "sft", Settings(pairs=100, alpha=Settings().alpha))
+    assert case.identity() == {"model": "m", "adapter": "lora", "method": "sft", "pairs": 100}
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Settings)])
+def test_every_setting_moves_the_hash(name):
+    default = Settings()
+    value = getattr(default, name)
+    other = {bool: lambda: not value, str: lambda: value + "x"}.get(
+        type(value), lambda: value + 1
+    )()
+    assert Case("m", "lora", "sft", replace(default, **{name: other})).hash != (
+        Case("m", "lora", "sft", default).hash
+    )
+
+
+def test_case_survives_its_dictionary():
+    case = Case("m", "lora", "dpo", Settings(rank=4, beta=0.5))
+    assert Case.from_dict(case.to_dict()) == case
+
+
+def test_steps_are_whole_windows_of_the_pairs():
+    # 100 pairs in windows of 8 x 3 = 24: 4 whole windows, 4 pairs left out
+    assert Settings(pairs=100, batch_size=8, gradient_accumulation=3).steps == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"pairs": 0}, "pairs is 0"),
+        ({"rank": -1}, "rank is -1"),
+        ({"gradient_accumulation": 0}, "gradient_accumulation is 0"),
+        ({"warmup_steps": -1}, "must not be negative"),
+        ({"learning_rate": -1e-3}, "must not be negative"),
+        ({"eval_context": 1}, "at least 2 tokens"),
+        ({"eval_stride": 256}, "between 1 and eval_context - 1 = 255"),
+        ({"pairs": 32, "batch_size": 16}, "2 steps, of which 2 warm up"),
+        ({"engine": "jax"}, "unknown engine 'jax'; choose from: native, trl"),
+        ({"dtype": "float16"}, "unknown dtype 'float16'"),
+    ],
+)
+def test_settings_that_cannot_work_say_so_in_one_line(change, says):
+    with pytest.raises(UserError) as error:
+        check_settings(replace(Settings(), **change))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_name_only_what_the_tables_have_and_pass_the_checks(name):
+    preset = PRESETS[name]
+    check_settings(preset.settings)
+    assert set(preset.models) <= set(MODELS)
+    assert set(preset.adapters) <= set(ADAPTERS)
+    assert set(preset.methods) <= set(METHODS)
+    assert preset.about
+
+
+def test_quick_preset_is_the_30_cases():
+    quick = PRESETS["quick"]
+    assert len(quick.models) * len(quick.adapters) * len(quick.methods) == 30
+    assert quick.settings.data == "tinywiki"
+
+
+def test_choices_are_settings():
+    assert set(CHOICES) <= {f.name for f in fields(Settings)}
+
+
+def test_unknown_name_offers_the_nearest():
+    error = unknown_name("adapter", "lorra", ["ia3", "lora", "prefix", "qlora"])
+    assert str(error) == (
+        "unknown adapter 'lorra'; did you mean lora or qlora? choose from: ia3, lora, prefix, qlora"
+    )
