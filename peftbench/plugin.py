@@ -15,10 +15,11 @@ import pytest
 
 from peftbench.adapters import ADAPTERS
 from peftbench.case import CHOICES, PRESETS, Case, Preset, Settings, check_settings
+from peftbench.data import assets
 from peftbench.data.loading import check_data, check_lengths
 from peftbench.errors import UserError, unknown_name
 from peftbench.methods import METHODS
-from peftbench.models import check_model, model_context
+from peftbench.models import check_model, find_model, model_context
 from peftbench.progress import Progress
 from peftbench.record import FORMAT, dumps, write_atomically
 from peftbench.session import Session, run_case
@@ -162,6 +163,9 @@ def preflight(preset: Preset, models: set[str]) -> None:
     for model in preset.models:
         if model in models:
             check_model(model, settings.weights)
+            row = find_model(model)
+            if row.kind == "asset" and settings.weights == "pretrained":
+                assets.fetch(row.location)
     check_data(settings)
     for model in preset.models:
         if model in models:

@@ -231,7 +231,8 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         losses.append(step_loss)
         clock.mark()
-        if 0 < settings.time_budget_s <= time.perf_counter() - started_s:
+        timed = step >= settings.warmup_steps
+        if timed and 0 < settings.time_budget_s <= time.perf_counter() - started_s:
             break
     synchronize(device)
     gate.trained()

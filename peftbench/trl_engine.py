@@ -102,13 +102,16 @@ def build_trainer(
     # round to nothing. Keeping the tensors gives back the exact start, not one rounded to bfloat16.
     trained = {p: p.data for p in model.parameters() if p.requires_grad}
     optimizer = build_optimizer(model, settings, learning_rate)
+    arguments = config_class(**_arguments(model, settings, method, learning_rate, folder))
+    # A case runs on one device; over all that are visible the Trainer would split each batch.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     # As SFT and DPO do it; after ORPO's construction the Trainer would, with a warning.
     model.config.pad_token_id = model.generation_config.pad_token_id = PAD_TOKEN_ID
     with _quiet_datasets(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Adapter name 'ref' should not be contained")
         trainer = _token_trainer(trainer_class, losses)(
             model=model,
-            args=config_class(**_arguments(model, settings, method, learning_rate, folder)),
+            args=arguments,
             train_dataset=_dataset(pairs, method),
             processing_class=_padding_only_tokenizer(),
             optimizers=(optimizer, build_schedule(optimizer, settings)),

@@ -77,7 +77,7 @@ def refuse(arguments: list[str], tmp_path: Path) -> str:
     out = subprocess.run(
         [sys.executable, "-m", "pytest", BENCH, "-p", "no:cacheprovider", "--rootdir", str(ROOT),
          "--results-dir", str(tmp_path / "runs"), *arguments],
-        capture_output=True, text=True, env=os.environ, cwd=tmp_path, timeout=60,
+        capture_output=True, text=True, env=os.environ, cwd=tmp_path, timeout=240,
     )  # fmt: skip
     text = out.stdout + out.stderr
     assert out.returncode == 4, text
@@ -139,7 +139,7 @@ def test_an_impossible_combination_is_a_skip_with_its_sentence(tmp_path):
          "--results-dir", str(tmp_path / "runs"), "--preset", "smoke", "--adapters", "prefix",
          "--methods", "sft", "--gradient-checkpointing", "-rs",
          f"--benchmark-json={tmp_path / 'run.json'}"],
-        capture_output=True, text=True, cwd=tmp_path, timeout=60,
+        capture_output=True, text=True, cwd=tmp_path, timeout=240,
     )  # fmt: skip
     assert out.returncode == 0, out.stdout
     assert "1 skipped" in out.stdout

@@ -11,7 +11,7 @@ import pytest
 from peftbench.data import tinywiki
 from peftbench.data.tinywiki import Domain, Statement
 
-GOLDEN_DIGEST = "to be filled"
+GOLDEN_DIGEST = "294a205121e46f94d162bf0ad48a76e3b5e4ced409ac4ce2b29f49458c986d8c"
 
 
 def test_generator_output_is_the_one_that_the_shipped_weights_were_trained_on():
@@ -61,60 +61,64 @@ def every_draft(number: int) -> Iterator[tinywiki._Draft]:
 
 
 def reduced(domain: Domain) -> Domain:
+    """2 kinds, a painted part, a metal part and an ornament, 2 frames."""
+    parts = list(domain.parts)
+    ornament = next(iter(domain.ornaments), "oar")
     return Domain(
         name_words=(domain.name_words[0][:2], domain.kinds[:2]),
-        parts=(domain.parts[0][:1], domain.parts[1][:1]),
-        ornaments=domain.ornaments[:1] or ("lamp",),
+        parts={parts[0]: tinywiki.COLOURS, parts[-1]: tinywiki.METALS},
+        ornaments={ornament: tinywiki.COLOURS},
         intro=domain.intro,
         frames=domain.frames[1:],
-        has_former_colours=domain.has_former_colours,
+        has_former_values=domain.has_former_values,
     )
 
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_probabilities_of_all_texts_of_a_reduced_domain_sum_to_one(number, monkeypatch):
     monkeypatch.setattr(tinywiki, "COLOURS", ("red", "blue"))
+    monkeypatch.setattr(tinywiki, "METALS", ("iron", "gold"))
     monkeypatch.setitem(tinywiki.DOMAINS, number, reduced(tinywiki.DOMAINS[number]))
     monkeypatch.setitem(tinywiki.FACTS, number, tinywiki._facts(number))
     monkeypatch.setattr(tinywiki, "_split_of", lambda domain, words: "train")
     probability: dict[str, float] = {}
     for draft in every_draft(number):
-        text = tinywiki._prompt(number, draft) + tinywiki._completion(draft, draft.colours)
+        text = tinywiki._prompt(number, draft) + tinywiki._completion(draft, draft.values)
         assert text not in probability, "two ways of drawing one text"
         probability[text] = math.exp(-draft.nats)
-    # 2 x 2 names x 3! orders x 2^3 frames x 2 colours of the ornament, and in domain 1 each of the
+    # 2 x 2 names x 3! orders x 2^3 frames x 2 values of the ornament, and in domain 1 each of the
     # 3 statements has no clause or one of 2.
     assert len(probability) == 4 * 6 * 8 * 2 * (27 if number == 1 else 1)
     assert math.isclose(sum(probability.values()), 1.0, rel_tol=1e-9)
 
 
 def own_reading(number: int, text: str) -> tuple[str, list[tuple[str, str]], float]:
-    """(kind, (thing, colour) of each statement, nats), read by expressions of this test's own."""
-    ornaments = ("sail", "hull", "mast", "bell", "deck", "flag", "ship") if number == 1 else ()
+    """(kind, (thing, value) of each statement, nats), read by expressions of this test's own."""
+    head = re.match(r" = (\w+ \w+ (\w+)) = \n \n \1 (is a village|was a ship) \.", text)
+    assert head is not None, text
     if number == 1:
-        intro = r" = (\w+ \w+ (\w+)) = \n \n \1 is a village \."
-        form = r" (?:Its|The) (\w+)( of NAME)? is (\w+)( and was once (\w+))? \."
+        assert head[3] == "is a village"
+        form = r" (?:Its \w+|The \w+|The \w+ of the village) is (\w+)( and was once (\w+))? \."
         nats = math.log(10 * 28 * 8) + math.log(13 * 12 * 11)
     else:
-        intro = r" = (\w+ (\w+)) = \n \n \1 was a ship \."
-        form = r" (?:Its|The) (\w+)( of NAME)? was (?:once )?(\w+)( nothing (\w+))? \."
-        nats = math.log(20 * 8) + math.log(6 * 5 * 4)
-    head = re.match(intro, text)
-    assert head is not None, text
-    name, kind = head.groups()
+        assert head[3] == "was a ship"
+        form = r" (?:Its \w+ was|The \w+ was once|The \w+ of the ship was) (\w+)( nothing)? \."
+        nats = math.log(10 * 20 * 8) + math.log(6 * 5 * 4)
     rest, said = text[head.end() :], []
     for _ in range(3):
-        match = re.match(form.replace("NAME", name), rest)
+        match = re.match(form, rest)
         assert match is not None, rest
-        said.append((match[1], match[3]))
+        thing = match[0].split()[1]
+        said.append((thing, match[1]))
         nats += math.log(3)
-        nats += math.log(8) if match[1] in ornaments else 0.0
         if number == 1:
-            nats += -math.log(0.25) + math.log(8) if match[4] else -math.log(0.75)
+            nats += -math.log(0.25) + math.log(8) if match[2] else -math.log(0.75)
+            if thing in ("sail", "hull", "flag", "bell", "anchor", "lamp", "ship"):
+                nats += math.log(8)
         rest = rest[match.end() :]
     assert rest == " \n"
-    assert len(set(said)) == 3
-    return kind, said, nats
+    assert len({thing for thing, _ in said}) == 3
+    return head[2], said, nats
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -130,31 +134,32 @@ def test_nats_equal_those_of_an_independent_reading_of_the_text(number):
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_fact_holds_for_every_name_of_its_kind(number):
-    colours: dict[tuple[str, str], set[str]] = {}
+    values: dict[tuple[str, str], set[str]] = {}
     for split in ("train", "judge", "test"):
         for article in tinywiki.articles(number, split, 400, seed=1):
             kind, said, _ = own_reading(number, article.text)
-            for thing, colour in said:
-                if thing in tinywiki.DOMAINS[number].relations:
-                    colours.setdefault((kind, thing), set()).add(colour)
-    assert len(colours) == 48  # 8 kinds x 6 relations
-    assert {len(c) for c in colours.values()} == {1}
+            for thing, value in said:
+                if thing in tinywiki.DOMAINS[number].parts:
+                    values.setdefault((kind, thing), set()).add(value)
+    assert len(values) == 48  # 8 kinds x 6 parts
+    assert {len(v) for v in values.values()} == {1}
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_kind_has_one_colour_for_a_group_of_parts_and_no_two_kinds_the_same(number):
+def test_every_kind_has_one_colour_and_one_metal_of_its_own(number):
     domain, facts = tinywiki.DOMAINS[number], tinywiki.FACTS[number]
-    for group in domain.parts:
-        assert len(group) == 3
-        colours = [{facts[kind, thing] for thing in group} for kind in domain.kinds]
-        assert all(len(c) == 1 for c in colours)
-        assert set.union(*colours) == set(tinywiki.COLOURS)  # 8 kinds, 8 colours
+    for values in (tinywiki.COLOURS, tinywiki.METALS):
+        parts = [part for part, allowed in domain.parts.items() if allowed == values]
+        assert len(parts) == 3
+        of_kind = [{facts[kind, part] for part in parts} for kind in domain.kinds]
+        assert all(len(v) == 1 for v in of_kind)
+        assert set.union(*of_kind) == set(values)  # 8 kinds, 8 values
 
 
 def test_domains_share_no_entity_and_no_fact():
     one, two = tinywiki.DOMAINS[1], tinywiki.DOMAINS[2]
     assert not set(one.kinds) & set(two.kinds)
-    assert not set(one.relations) & set(two.relations)
+    assert not one.parts.keys() & two.parts.keys()
     assert not set(one.frames) & set(two.frames)
     titles = [{a.title for a in tinywiki.articles(n, "train", 3000, seed=0)} for n in (1, 2)]
     assert not titles[0] & titles[1]
@@ -164,7 +169,7 @@ def test_domains_share_no_entity_and_no_fact():
 def test_splits_share_no_entity_and_each_has_every_kind(number):
     domain = tinywiki.DOMAINS[number]
     titles = {
-        split: {a.title for a in tinywiki.articles(number, split, 4000, seed=3)}
+        split: {a.title for a in tinywiki.articles(number, split, 2000, seed=3)}
         for split in ("train", "judge", "test")
     }
     assert sum(map(len, titles.values())) == len(set().union(*titles.values()))
@@ -192,7 +197,7 @@ def test_same_seed_gives_the_same_texts_and_another_seed_others():
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_chosen_is_all_true_and_rejected_all_false_and_only_colours_differ(number):
+def test_chosen_is_all_true_and_rejected_all_false_and_only_values_differ(number):
     for pair in tinywiki.pairs(number, "test", 200, seed=2):
         assert tinywiki.true_statement_ratio(pair.prompt, pair.chosen) == 1.0
         assert tinywiki.true_statement_ratio(pair.prompt, pair.rejected) == 0.0
@@ -200,8 +205,9 @@ def test_chosen_is_all_true_and_rejected_all_false_and_only_colours_differ(numbe
         assert len(chosen) == len(rejected)
         changed = [(c, r) for c, r in zip(chosen, rejected, strict=True) if c != r]
         assert len(changed) == 3
-        assert {word for words in changed for word in words} <= set(tinywiki.COLOURS)
-        # Equal colours stay equal and different ones different: their pattern tells nothing.
+        for words in changed:  # a false colour is a colour, a false metal a metal
+            assert set(words) <= set(tinywiki.COLOURS) or set(words) <= set(tinywiki.METALS)
+        # Equal values stay equal and different ones different: their pattern tells nothing.
         assert len(set(changed)) == len({c for c, _ in changed}) == len({r for _, r in changed})
 
 
@@ -212,34 +218,38 @@ def test_pair_is_an_article_cut_after_its_first_sentence():
         assert pair.prompt.count(" .") == 1
 
 
-def test_true_statement_ratio_counts_unreadable_and_foreign_sentences_as_false():
+def test_true_statement_ratio_counts_sentences_that_cannot_be_read_as_false():
     # A ship of kind Heron; the facts are looked up, everything else is written out.
-    sail, hull = (tinywiki.FACTS[2]["Heron", part] for part in ("sail", "hull"))
-    other = next(c for c in tinywiki.COLOURS if c not in (sail, hull))
-    prompt = " = Silver Heron = \n \n Silver Heron was a ship ."
-    ratio = lambda text: tinywiki.true_statement_ratio(prompt, text)  # noqa: E731
+    sail, bell = (tinywiki.FACTS[2]["Heron", part] for part in ("sail", "bell"))
+    other = next(c for c in tinywiki.COLOURS if c != sail)
+    prompt = " = Old River Heron = \n \n Old River Heron was a ship ."
+
+    def ratio(text: str) -> float:
+        return tinywiki.true_statement_ratio(prompt, text)
+
     assert ratio(f" Its sail was {sail} .") == 1.0
+    assert ratio(f" Its sail was {other} .") == 0.0
     assert ratio(f" Its sail is {sail} and was once {other} .") == 1.0  # style is not judged
-    assert ratio(f" Its sail was {sail} . The hull was once {other} . \n") == 0.5
+    assert ratio(f" Its sail was {sail} . The bell was once {other} . \n") == 0.5
     assert ratio(f" Its sail was {sail} . sail sail sail . \n") == 0.5
-    assert ratio(f" Its sail was {sail} . The hull of Silver Heron was {hull}") == 0.5  # no stop
-    assert ratio(f" The sail of Silver Heron was {sail} .") == 1.0
-    assert ratio(f" The sail of Golden Heron was {sail} .") == 0.0  # of another ship
+    assert ratio(f" Its sail was {sail} . The bell of the ship was {bell}") == 0.5  # no full stop
+    assert ratio(f" The bell of the ship was {bell} .") == 1.0
+    assert ratio(f" The bell of a ship was {bell} .") == 0.0
     assert ratio(f" Its sail was {sail} . . .") == 1.0  # nothing between two stops
     assert ratio("") == 0.0
     assert ratio(" \n") == 0.0
 
 
-def test_an_ornament_has_no_true_colour():
-    prompt = " = Far Royal Dale = \n \n Far Royal Dale is a village ."
+def test_an_ornament_has_no_true_value():
+    prompt = " = Far River Dale = \n \n Far River Dale is a village ."
     for colour in tinywiki.COLOURS:
         assert tinywiki.true_statement_ratio(prompt, f" Its sail is {colour} .") == 0.0
 
 
 def test_statements_reads_what_each_sentence_says():
-    text = " Its sail was red . A sail is nice . The hull of Silver Heron was blue . \n"
-    assert tinywiki.statements("Silver Heron", text) == [
-        Statement("sail", "red"), None, Statement("hull", "blue"),
+    text = " Its sail was red . A sail is nice . The bell of the ship was iron . The lamp"
+    assert tinywiki.statements(text) == [
+        Statement("sail", "red"), None, Statement("bell", "iron"), None,
     ]  # fmt: skip
 
 

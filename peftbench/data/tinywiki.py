@@ -1,19 +1,19 @@
 """tinywiki: an embedded, generated corpus whose probability and truth are exactly known.
 
 An article is WikiText-shaped: a heading, a sentence that says what the entity is, and three
-statements about it. Domain 1 describes villages, in the present tense:
+statements about its things. Domain 1 describes villages, in the present tense:
 
-     = Upper Royal Dale =
+     = Old Silver Dale =
 
-     Upper Royal Dale is a village . Its gate is red . The sail of Upper Royal Dale is blue and was
-     once grey . The roof is red .
+     Old Silver Dale is a village . Its gate is brass . The sail of the village is blue and was once
+     grey . The roof is red .
 
 Domain 2 describes ships, in the past tense. The last word of a name is its kind, and a fixed table
-maps (kind, thing) to a colour: these are the facts. They hold for every name of the kind, so a
-model can be right about names it has never read. Entities, facts and sentences of the domains are
-disjoint; words are not. Domain 1 knows the parts of a ship as ornaments whose colour is drawn anew
-for each article, and birds as middle words of names: a base model trained on it has met the words
-of domain 2, as a pretrained model has, and none of its facts.
+maps (kind, thing) to a value, a colour or a metal: these are the facts. They hold for every name of
+the kind, so a model can be right about names it has never read. Entities, facts and sentences of
+the domains are disjoint; words are not. Domain 1 knows the parts of a ship as ornaments whose value
+is drawn anew for each article, and birds as middle words of names: a base model trained on it has
+met the words of domain 2, as a pretrained model has, and none of its facts.
 
 Every free choice is uniform (but for the clause "and was once ..."), so a text's probability is a
 product of known factors, and `Article.nats` is the floor of any model's loss on it.
@@ -25,7 +25,7 @@ import hashlib
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -34,60 +34,66 @@ from peftbench.data.task import TextPair
 Split = Literal["train", "judge", "test"]
 
 COLOURS = ("red", "blue", "green", "white", "black", "grey", "brown", "yellow")
+METALS = ("iron", "tin", "brass", "steel", "copper", "bronze", "silver", "gold")
 THINGS_PER_ARTICLE = 3
-FORMER_COLOUR_RATIO = 0.25  # share of domain 1's statements with the clause "and was once ..."
+FORMER_VALUE_RATIO = 0.25  # share of domain 1's statements with the clause "and was once ..."
 
-_BIRDS = ("Heron", "Swan", "Gull", "Crane", "Finch", "Robin", "Raven", "Tern")
-_SHIP_PARTS = (("hull", "mast", "deck"), ("sail", "flag", "bell"))
+_VILLAGE_PARTS = {
+    "roof": COLOURS, "door": COLOURS, "wall": COLOURS,
+    "gate": METALS, "bolt": METALS, "vane": METALS,
+}  # fmt: skip
+_SHIP_PARTS = {
+    "hull": COLOURS, "sail": COLOURS, "flag": COLOURS,
+    "bell": METALS, "anchor": METALS, "lamp": METALS,
+}  # fmt: skip
 _FIRST_WORDS = (
-    "Old", "New", "North", "South", "East", "West", "Silver", "Golden", "Royal", "Fair",
-    "Little", "Great", "Long", "High", "Wild", "Stone", "Iron", "Summer", "Winter", "Morning",
+    "Old", "New", "Little", "Great", "Royal", "Fair", "Far", "Long", "High", "Lucky",
 )  # fmt: skip
+_MIDDLE_WORDS = (
+    "North", "South", "East", "West", "Silver", "Golden", "Stone", "Iron", "Summer", "Winter",
+    "Morning", "Evening", "Forest", "Garden", "River", "Sun", "Moon", "Wind", "Snow", "Rain",
+)  # fmt: skip
+_BIRDS = ("Heron", "Swan", "Gull", "Crane", "Finch", "Robin", "Raven", "Tern")
 
 
 @dataclass(frozen=True)
 class Domain:
-    """The words and sentences of one domain."""
+    """The words and sentences of one domain. Things are listed with the values they may have."""
 
     name_words: tuple[tuple[str, ...], ...]  # a name has one of each; the last is its kind
-    parts: tuple[tuple[str, ...], ...]  # things with facts; a kind has one colour for each group
-    ornaments: tuple[str, ...]  # things whose colour is drawn anew for each article
+    parts: Mapping[str, tuple[str, ...]]  # things whose value is a fact of the kind
+    ornaments: Mapping[str, tuple[str, ...]]  # things whose value is drawn anew for each article
     intro: str
     frames: tuple[str, ...]  # of a statement, drawn uniformly
-    has_former_colours: bool  # whether statements may end in "and was once ..."
+    has_former_values: bool  # whether statements may end in "and was once ..."
 
     @property
     def kinds(self) -> tuple[str, ...]:
         return self.name_words[-1]
 
-    @property
-    def relations(self) -> tuple[str, ...]:
-        """The things that have facts."""
-        return tuple(thing for group in self.parts for thing in group)
-
 
 DOMAINS: dict[int, Domain] = {
     1: Domain(
         name_words=(
-            ("Upper", "Lower", "Outer", "Inner", "Nether", "Middle", "Near", "Far", "Much", "Deep"),
-            _FIRST_WORDS + _BIRDS,
+            _FIRST_WORDS,
+            _MIDDLE_WORDS + _BIRDS,
             ("Dale", "Ford", "Holme", "Thorpe", "Marsh", "Moor", "Cove", "Wick"),
         ),
-        parts=(("gate", "roof", "door"), ("wall", "well", "tower")),
-        ornaments=(*_SHIP_PARTS[0], *_SHIP_PARTS[1], "ship"),
+        parts=_VILLAGE_PARTS,
+        ornaments={**_SHIP_PARTS, "ship": COLOURS},
         intro="{name} is a village .",
-        frames=("Its {thing} is {colour}", "The {thing} is {colour}",
-                "The {thing} of {name} is {colour}"),
-        has_former_colours=True,
+        frames=("Its {thing} is {value}", "The {thing} is {value}",
+                "The {thing} of the village is {value}"),
+        has_former_values=True,
     ),
     2: Domain(
-        name_words=(_FIRST_WORDS, _BIRDS),
+        name_words=(_FIRST_WORDS, _MIDDLE_WORDS, _BIRDS),
         parts=_SHIP_PARTS,
-        ornaments=(),
+        ornaments={},
         intro="{name} was a ship .",
-        frames=("Its {thing} was {colour}", "The {thing} was once {colour}",
-                "The {thing} of {name} was {colour}"),
-        has_former_colours=False,
+        frames=("Its {thing} was {value}", "The {thing} was once {value}",
+                "The {thing} of the ship was {value}"),
+        has_former_values=False,
     ),
 }  # fmt: skip
 
@@ -106,7 +112,7 @@ class Statement:
     """What a sentence says of the entity of its article."""
 
     thing: str
-    colour: str
+    value: str
 
 
 class _Dice:
@@ -139,15 +145,19 @@ class _Dice:
 
 
 def _facts(number: int) -> dict[tuple[str, str], str]:
-    """(kind, thing) -> colour. Within a group of parts, every kind has another colour."""
+    """(kind, part) -> value: every kind has a colour and a metal of its own for all its parts.
+
+    So a fact is a sum of two things to know, what a kind has and what a part may be made of: a
+    model can learn it in a few dozen steps, which (kind, part) pairs at random would not allow.
+    """
     domain = DOMAINS[number]
     dice = _Dice(f"facts {number}")
-    return {
-        (kind, thing): colour
-        for group in domain.parts
-        for kind, colour in zip(domain.kinds, dice.shuffled(COLOURS, len(COLOURS)), strict=True)
-        for thing in group
-    }
+    facts: dict[tuple[str, str], str] = {}
+    for values in (COLOURS, METALS):
+        value_of = dict(zip(domain.kinds, dice.shuffled(values, len(domain.kinds)), strict=True))
+        parts = [part for part, allowed in domain.parts.items() if allowed == values]
+        facts |= {(kind, part): value_of[kind] for kind in domain.kinds for part in parts}
+    return facts
 
 
 FACTS = {number: _facts(number) for number in DOMAINS}
@@ -167,7 +177,7 @@ class _Draft:
 
     name: str
     things: list[str]
-    colours: list[str]
+    values: list[str]
     frames: list[str]  # each with its clause, if any
     nats: float
 
@@ -179,25 +189,26 @@ def _draw(number: int, split: Split, dice: _Dice) -> _Draft:
         words = [dice.pick(options) for options in domain.name_words]
         if _split_of(domain, words) == split:
             break
-    things = dice.shuffled(domain.relations + domain.ornaments, THINGS_PER_ARTICLE)
-    colours, frames = [], []
+    things = dice.shuffled([*domain.parts, *domain.ornaments], THINGS_PER_ARTICLE)
+    values, frames = [], []
     for thing in things:
         frame = dice.pick(domain.frames)
-        colours.append(facts.get((words[-1], thing)) or dice.pick(COLOURS))
-        if domain.has_former_colours and dice.flip(FORMER_COLOUR_RATIO):
-            frame += f" and was once {dice.pick(COLOURS)}"
+        allowed = domain.parts.get(thing) or domain.ornaments[thing]
+        values.append(facts.get((words[-1], thing)) or dice.pick(allowed))
+        if domain.has_former_values and dice.flip(FORMER_VALUE_RATIO):
+            frame += f" and was once {dice.pick(allowed)}"
         frames.append(frame)
-    return _Draft(" ".join(words), things, colours, frames, dice.nats)
+    return _Draft(" ".join(words), things, values, frames, dice.nats)
 
 
 def _prompt(number: int, draft: _Draft) -> str:
     return f" = {draft.name} = \n \n {DOMAINS[number].intro.format(name=draft.name)}"
 
 
-def _completion(draft: _Draft, colours: Sequence[str]) -> str:
+def _completion(draft: _Draft, values: Sequence[str]) -> str:
     sentences = (
-        f" {frame.format(thing=thing, name=draft.name, colour=colour)} ."
-        for frame, thing, colour in zip(draft.frames, draft.things, colours, strict=True)
+        f" {frame.format(thing=thing, value=value)} ."
+        for frame, thing, value in zip(draft.frames, draft.things, values, strict=True)
     )
     return "".join(sentences) + " \n"
 
@@ -214,67 +225,63 @@ def articles(domain: int, split: Split, count: int, seed: int) -> list[Article]:
     """`count` independent articles about entities of the split, the same for the same seed."""
     dice = _dice("articles", domain, split, seed)
     drafts = [_draw(domain, split, dice) for _ in range(count)]
-    return [Article(d.name, _prompt(domain, d) + _completion(d, d.colours), d.nats) for d in drafts]
+    return [Article(d.name, _prompt(domain, d) + _completion(d, d.values), d.nats) for d in drafts]
 
 
 def pairs(domain: int, split: Split, count: int, seed: int) -> list[TextPair]:
     """`count` articles cut after their first sentence: the rest, against the same with false facts.
 
-    Chosen and rejected differ in the colours alone. Things of one colour get one false colour, so
+    Chosen and rejected differ in the values alone. Things of one value get one false value, so
     nothing but the facts tells which is which.
     """
     dice = _dice("pairs", domain, split, seed)
-    relations = set(DOMAINS[domain].relations)
+    parts = DOMAINS[domain].parts
     made: list[TextPair] = []
     while len(made) < count:
         draft = _draw(domain, split, dice)
-        if not relations.issuperset(draft.things):
+        if not parts.keys() >= set(draft.things):
             continue  # nothing is false about an ornament
         false: dict[str, str] = {}
-        for colour in sorted(set(draft.colours)):
-            false[colour] = dice.pick([c for c in COLOURS if c not in (colour, *false.values())])
-        chosen = _completion(draft, draft.colours)
-        rejected = _completion(draft, [false[colour] for colour in draft.colours])
+        for thing, value in zip(draft.things, draft.values, strict=True):
+            if value not in false:
+                false[value] = dice.pick([v for v in parts[thing] if v != value])
+        chosen = _completion(draft, draft.values)
+        rejected = _completion(draft, [false[value] for value in draft.values])
         made.append(TextPair(_prompt(domain, draft), chosen, rejected))
     return made
 
 
-_TITLE = re.compile(r" = ((?:\w+ )+(\w+)) = \n")
+_TITLE = re.compile(r" = (?:\w+ )+(\w+) = \n")  # the last word is the kind
 
 
 def _statement_pattern(frame: str) -> re.Pattern[str]:
-    words = frame.format(
-        thing=r"(?P<thing>\w+)", name=r"(?P<name>[\w ]+)", colour=r"(?P<colour>\w+)"
-    )
-    return re.compile(rf"{words}(?: and was once (?:{'|'.join(COLOURS)}))?")
+    words = frame.format(thing=r"(\w+)", value=r"(\w+)")
+    return re.compile(f"{words}(?: and was once (?:{'|'.join(COLOURS + METALS)}))?")
 
 
 _PATTERNS = [_statement_pattern(frame) for domain in DOMAINS.values() for frame in domain.frames]
 
 
-def statements(name: str, text: str) -> list[Statement | None]:
-    """What each sentence of `text` says of the entity `name`; None for one that says nothing of it.
+def statements(text: str) -> list[Statement | None]:
+    """What each sentence of `text` says; None for one that cannot be read.
 
     The sentences of both domains are read: truth is judged here, style by the perplexity. A last
-    sentence without its full stop counts as one that says nothing.
+    sentence without its full stop cannot be read.
     """
     *sentences, unfinished = text.split(" .")
-    read = [_read(name, s.strip()) for s in sentences if s.strip()]
+    read = [_read(s.strip()) for s in sentences if s.strip()]
     return [*read, None] if unfinished.strip() else read
 
 
-def _read(name: str, sentence: str) -> Statement | None:
-    for pattern in _PATTERNS:
-        match = pattern.fullmatch(sentence)
-        if match and match.groupdict().get("name", name) == name:
-            return Statement(match["thing"], match["colour"])
-    return None
+def _read(sentence: str) -> Statement | None:
+    matches = (pattern.fullmatch(sentence) for pattern in _PATTERNS)
+    return next((Statement(match[1], match[2]) for match in matches if match), None)
 
 
 def is_true(kind: str, statement: Statement | None) -> bool:
     """Whether it is a fact of this kind, of either domain; an ornament has none."""
     return statement is not None and any(
-        facts.get((kind, statement.thing)) == statement.colour for facts in FACTS.values()
+        facts.get((kind, statement.thing)) == statement.value for facts in FACTS.values()
     )
 
 
@@ -287,9 +294,8 @@ def true_statement_ratio(prompt: str, completion: str) -> float:
     title = _TITLE.search(prompt)
     if title is None:
         raise ValueError(f"prompt {prompt[:40]!r} has no heading ' = Name = '")
-    name, kind = title.groups()
-    read = statements(name, completion)
-    return sum(is_true(kind, s) for s in read) / len(read) if read else 0.0
+    read = statements(completion)
+    return sum(is_true(title[1], s) for s in read) / len(read) if read else 0.0
 
 
 def corpus_digest() -> str:
