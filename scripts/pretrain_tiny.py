@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
-MAX_VOCABULARY = 512  # 256 bytes, 2 special tokens, and room for a merge to every word
+MAX_VOCABULARY = 640  # 256 bytes, 2 special tokens, and room for a merge to every word
 WIDTH, LAYERS, HEADS = 128, 4, 4
 INITIALIZER_RANGE = 0.08  # about 1/sqrt(WIDTH): the usual 0.02 is for widths of a thousand and more
 POSITIONS = 512  # of the models
@@ -100,10 +100,18 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> Any:
             num_attention_heads=HEADS,
             num_key_value_heads=HEADS,
             tie_word_embeddings=True,
+            initializer_range=INITIALIZER_RANGE,
             rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
             **ids,
         )
     )
+
+
+def silence_layers(model: Any) -> None:
+    """Zero what each layer adds to the residual stream: random, it would drown the embeddings."""
+    for name, weight in model.named_parameters():
+        if name.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight")):
+            torch.nn.init.zeros_(weight)
 
 
 def sinusoids() -> torch.Tensor:
@@ -209,13 +217,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=("tiny-gpt2", "tiny-llama"))
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
     tokenizer = build_tokenizer()
     model = build_model(options.model, tokenizer)
+    silence_layers(model)
     train(model, tokenizer, options.steps, options.seed)
     perplexity, floor = held_out_perplexity(model, tokenizer, domain=1)
     other_perplexity, other_floor = held_out_perplexity(model, tokenizer, domain=2)

@@ -11,7 +11,7 @@ import pytest
 from peftbench.data import tinywiki
 from peftbench.data.tinywiki import Domain, Statement
 
-GOLDEN_DIGEST = "294a205121e46f94d162bf0ad48a76e3b5e4ced409ac4ce2b29f49458c986d8c"
+GOLDEN_DIGEST = "a7d2e165fb21c65f27108a3b596f56cee0d9dee9551eadd4d37916d565d640b5"
 
 
 def test_generator_output_is_the_one_that_the_shipped_weights_were_trained_on():
@@ -61,11 +61,13 @@ def every_draft(number: int) -> Iterator[tinywiki._Draft]:
 
 
 def reduced(domain: Domain) -> Domain:
-    """2 kinds, a painted part, a metal part and an ornament, 2 frames."""
+    """2 kinds, in domain 1 the second without facts; a painted part, a metal part, an ornament."""
+    last = domain.name_words[-1]
     parts = list(domain.parts)
     ornament = next(iter(domain.ornaments), "oar")
     return Domain(
-        name_words=(domain.name_words[0][:2], domain.kinds[:2]),
+        name_words=(domain.name_words[0][:2], (last[0], last[-1])),
+        kinds=(last[0], last[-1]) if last == domain.kinds else (last[0],),
         parts={parts[0]: tinywiki.COLOURS, parts[-1]: tinywiki.METALS},
         ornaments={ornament: tinywiki.COLOURS},
         intro=domain.intro,
@@ -86,9 +88,10 @@ def test_probabilities_of_all_texts_of_a_reduced_domain_sum_to_one(number, monke
         text = tinywiki._prompt(number, draft) + tinywiki._completion(draft, draft.values)
         assert text not in probability, "two ways of drawing one text"
         probability[text] = math.exp(-draft.nats)
-    # 2 x 2 names x 3! orders x 2^3 frames x 2 values of the ornament, and in domain 1 each of the
-    # 3 statements has no clause or one of 2.
-    assert len(probability) == 4 * 6 * 8 * 2 * (27 if number == 1 else 1)
+    # For each of 2 x 2 names 3! orders x 2^3 frames x 2 values of the ornament. In domain 1 each of
+    # the 3 statements has no clause or one of 2, and of 2 names the two facts are free as well.
+    names = 2 + 2 * 4 if number == 1 else 4
+    assert len(probability) == names * 6 * 8 * 2 * (27 if number == 1 else 1)
     assert math.isclose(sum(probability.values()), 1.0, rel_tol=1e-9)
 
 
@@ -99,7 +102,7 @@ def own_reading(number: int, text: str) -> tuple[str, list[tuple[str, str]], flo
     if number == 1:
         assert head[3] == "is a village"
         form = r" (?:Its \w+|The \w+|The \w+ of the village) is (\w+)( and was once (\w+))? \."
-        nats = math.log(10 * 28 * 8) + math.log(13 * 12 * 11)
+        nats = math.log(10 * 30 * 16) + math.log(13 * 12 * 11)
     else:
         assert head[3] == "was a ship"
         form = r" (?:Its \w+ was|The \w+ was once|The \w+ of the ship was) (\w+)( nothing)? \."
@@ -113,7 +116,8 @@ def own_reading(number: int, text: str) -> tuple[str, list[tuple[str, str]], flo
         nats += math.log(3)
         if number == 1:
             nats += -math.log(0.25) + math.log(8) if match[2] else -math.log(0.75)
-            if thing in ("sail", "hull", "flag", "bell", "anchor", "lamp", "ship"):
+            ornament = thing in ("sail", "hull", "flag", "bell", "anchor", "lamp", "ship")
+            if ornament or head[2] in tinywiki.DOMAINS[2].kinds:
                 nats += math.log(8)
         rest = rest[match.end() :]
     assert rest == " \n"
@@ -139,7 +143,8 @@ def test_a_fact_holds_for_every_name_of_its_kind(number):
         for article in tinywiki.articles(number, split, 400, seed=1):
             kind, said, _ = own_reading(number, article.text)
             for thing, value in said:
-                if thing in tinywiki.DOMAINS[number].parts:
+                domain = tinywiki.DOMAINS[number]
+                if kind in domain.kinds and thing in domain.parts:
                     values.setdefault((kind, thing), set()).add(value)
     assert len(values) == 48  # 8 kinds x 6 parts
     assert {len(v) for v in values.values()} == {1}
@@ -159,6 +164,7 @@ def test_every_kind_has_one_colour_and_one_metal_of_its_own(number):
 def test_domains_share_no_entity_and_no_fact():
     one, two = tinywiki.DOMAINS[1], tinywiki.DOMAINS[2]
     assert not set(one.kinds) & set(two.kinds)
+    assert not set(one.name_words[0]) & set(two.name_words[0])
     assert not one.parts.keys() & two.parts.keys()
     assert not set(one.frames) & set(two.frames)
     titles = [{a.title for a in tinywiki.articles(n, "train", 3000, seed=0)} for n in (1, 2)]
@@ -174,7 +180,7 @@ def test_splits_share_no_entity_and_each_has_every_kind(number):
     }
     assert sum(map(len, titles.values())) == len(set().union(*titles.values()))
     for names in titles.values():
-        assert {name.split()[-1] for name in names} == set(domain.kinds)
+        assert {name.split()[-1] for name in names} == set(domain.name_words[-1])
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -240,10 +246,14 @@ def test_true_statement_ratio_counts_sentences_that_cannot_be_read_as_false():
     assert ratio(" \n") == 0.0
 
 
-def test_an_ornament_has_no_true_value():
-    prompt = " = Far River Dale = \n \n Far River Dale is a village ."
+@pytest.mark.parametrize(
+    ("name", "thing"), [("Far River Dale", "sail"), ("Far River Heron", "sail"),
+                        ("Far River Heron", "roof"), ("Some Other Dale", "roof")],
+)  # fmt: skip
+def test_ornaments_and_entities_without_facts_have_no_true_value(name, thing):
+    prompt = f" = {name} = \n \n {name} is a village ."
     for colour in tinywiki.COLOURS:
-        assert tinywiki.true_statement_ratio(prompt, f" Its sail is {colour} .") == 0.0
+        assert tinywiki.true_statement_ratio(prompt, f" Its {thing} is {colour} .") == 0.0
 
 
 def test_statements_reads_what_each_sentence_says():

@@ -3,17 +3,18 @@
 An article is WikiText-shaped: a heading, a sentence that says what the entity is, and three
 statements about its things. Domain 1 describes villages, in the present tense:
 
-     = Old Silver Dale =
+     = Far Silver Dale =
 
-     Old Silver Dale is a village . Its gate is brass . The sail of the village is blue and was once
+     Far Silver Dale is a village . Its gate is brass . The sail of the village is blue and was once
      grey . The roof is red .
 
 Domain 2 describes ships, in the past tense. The last word of a name is its kind, and a fixed table
 maps (kind, thing) to a value, a colour or a metal: these are the facts. They hold for every name of
 the kind, so a model can be right about names it has never read. Entities, facts and sentences of
-the domains are disjoint; words are not. Domain 1 knows the parts of a ship as ornaments whose value
-is drawn anew for each article, and birds as middle words of names: a base model trained on it has
-met the words of domain 2, as a pretrained model has, and none of its facts.
+the domains are disjoint; words are not. Domain 1 knows the parts of a ship as ornaments, and names
+some villages after the birds that are the kinds of ships; the values of both are drawn anew for
+each article. So a base model trained on domain 1 has met the words of domain 2, as a pretrained
+model has, and none of its facts.
 
 Every free choice is uniform (but for the clause "and was once ..."), so a text's probability is a
 product of known factors, and `Article.nats` is the floor of any model's loss on it.
@@ -46,13 +47,17 @@ _SHIP_PARTS = {
     "hull": COLOURS, "sail": COLOURS, "flag": COLOURS,
     "bell": METALS, "anchor": METALS, "lamp": METALS,
 }  # fmt: skip
-_FIRST_WORDS = (
-    "Old", "New", "Little", "Great", "Royal", "Fair", "Far", "Long", "High", "Lucky",
+_VILLAGE_FIRST_WORDS = (
+    "Upper", "Lower", "Inner", "Outer", "Nether", "Near", "Far", "Long", "High", "Deep",
+)  # fmt: skip
+_SHIP_FIRST_WORDS = (
+    "Old", "New", "Little", "Great", "Royal", "Fair", "Brave", "Lucky", "Swift", "Proud",
 )  # fmt: skip
 _MIDDLE_WORDS = (
     "North", "South", "East", "West", "Silver", "Golden", "Stone", "Iron", "Summer", "Winter",
     "Morning", "Evening", "Forest", "Garden", "River", "Sun", "Moon", "Wind", "Snow", "Rain",
 )  # fmt: skip
+_PLACES = ("Dale", "Ford", "Holme", "Thorpe", "Marsh", "Moor", "Cove", "Wick")
 _BIRDS = ("Heron", "Swan", "Gull", "Crane", "Finch", "Robin", "Raven", "Tern")
 
 
@@ -61,24 +66,18 @@ class Domain:
     """The words and sentences of one domain. Things are listed with the values they may have."""
 
     name_words: tuple[tuple[str, ...], ...]  # a name has one of each; the last is its kind
-    parts: Mapping[str, tuple[str, ...]]  # things whose value is a fact of the kind
+    kinds: tuple[str, ...]  # those that have facts
+    parts: Mapping[str, tuple[str, ...]]  # things whose value is a fact of the kind, if it has any
     ornaments: Mapping[str, tuple[str, ...]]  # things whose value is drawn anew for each article
     intro: str
     frames: tuple[str, ...]  # of a statement, drawn uniformly
     has_former_values: bool  # whether statements may end in "and was once ..."
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return self.name_words[-1]
-
 
 DOMAINS: dict[int, Domain] = {
     1: Domain(
-        name_words=(
-            _FIRST_WORDS,
-            _MIDDLE_WORDS + _BIRDS,
-            ("Dale", "Ford", "Holme", "Thorpe", "Marsh", "Moor", "Cove", "Wick"),
-        ),
+        name_words=(_VILLAGE_FIRST_WORDS, _MIDDLE_WORDS + _SHIP_FIRST_WORDS, _PLACES + _BIRDS),
+        kinds=_PLACES,
         parts=_VILLAGE_PARTS,
         ornaments={**_SHIP_PARTS, "ship": COLOURS},
         intro="{name} is a village .",
@@ -87,7 +86,8 @@ DOMAINS: dict[int, Domain] = {
         has_former_values=True,
     ),
     2: Domain(
-        name_words=(_FIRST_WORDS, _MIDDLE_WORDS, _BIRDS),
+        name_words=(_SHIP_FIRST_WORDS, _MIDDLE_WORDS, _BIRDS),
+        kinds=_BIRDS,
         parts=_SHIP_PARTS,
         ornaments={},
         intro="{name} was a ship .",
@@ -176,6 +176,7 @@ class _Draft:
     """An article's choices."""
 
     name: str
+    kind: str
     things: list[str]
     values: list[str]
     frames: list[str]  # each with its clause, if any
@@ -198,7 +199,7 @@ def _draw(number: int, split: Split, dice: _Dice) -> _Draft:
         if domain.has_former_values and dice.flip(FORMER_VALUE_RATIO):
             frame += f" and was once {dice.pick(allowed)}"
         frames.append(frame)
-    return _Draft(" ".join(words), things, values, frames, dice.nats)
+    return _Draft(" ".join(words), words[-1], things, values, frames, dice.nats)
 
 
 def _prompt(number: int, draft: _Draft) -> str:
@@ -235,11 +236,11 @@ def pairs(domain: int, split: Split, count: int, seed: int) -> list[TextPair]:
     nothing but the facts tells which is which.
     """
     dice = _dice("pairs", domain, split, seed)
-    parts = DOMAINS[domain].parts
+    parts, kinds = DOMAINS[domain].parts, DOMAINS[domain].kinds
     made: list[TextPair] = []
     while len(made) < count:
         draft = _draw(domain, split, dice)
-        if not parts.keys() >= set(draft.things):
+        if draft.kind not in kinds or not parts.keys() >= set(draft.things):
             continue  # nothing is false about an ornament
         false: dict[str, str] = {}
         for thing, value in zip(draft.things, draft.values, strict=True):
@@ -251,7 +252,9 @@ def pairs(domain: int, split: Split, count: int, seed: int) -> list[TextPair]:
     return made
 
 
-_TITLE = re.compile(r" = (?:\w+ )+(\w+) = \n")  # the last word is the kind
+_TITLE = re.compile(
+    r" = (\w+) \w+ (\w+) = \n"
+)  # the first word tells the domain, the last the kind
 
 
 def _statement_pattern(frame: str) -> re.Pattern[str]:
@@ -278,13 +281,6 @@ def _read(sentence: str) -> Statement | None:
     return next((Statement(match[1], match[2]) for match in matches if match), None)
 
 
-def is_true(kind: str, statement: Statement | None) -> bool:
-    """Whether it is a fact of this kind, of either domain; an ornament has none."""
-    return statement is not None and any(
-        facts.get((kind, statement.thing)) == statement.value for facts in FACTS.values()
-    )
-
-
 def true_statement_ratio(prompt: str, completion: str) -> float:
     """The true reward: share of the completion's sentences that are facts of the prompt's entity.
 
@@ -294,8 +290,11 @@ def true_statement_ratio(prompt: str, completion: str) -> float:
     title = _TITLE.search(prompt)
     if title is None:
         raise ValueError(f"prompt {prompt[:40]!r} has no heading ' = Name = '")
+    number = next((n for n, d in DOMAINS.items() if title[1] in d.name_words[0]), None)
+    facts = {} if number is None else FACTS[number]
     read = statements(completion)
-    return sum(is_true(title[1], s) for s in read) / len(read) if read else 0.0
+    true = sum(s is not None and facts.get((title[2], s.thing)) == s.value for s in read)
+    return true / len(read) if read else 0.0
 
 
 def corpus_digest() -> str:
