@@ -33,7 +33,7 @@ class AdapterRow:
     config: Callable[[PreTrainedModel, Settings], PeftConfig | None]  # None: no adapter, all trains
     quantizes_base: bool
     merges: bool  # its effect can be folded into the base's weights
-    learning_rates: Mapping[str, float]  # by method, times the model's learning_rate_scale
+    learning_rates: Mapping[str, float]  # by method; a model's row may have its own
 
 
 def _full(model: PreTrainedModel, settings: Settings) -> None:

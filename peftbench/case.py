@@ -181,7 +181,8 @@ class Preset:
     about: str = ""
 
 
-_QUICK = Settings()
+# lambda: three of some twenty tokens tell true from false, and ORPO's term is a mean over all
+_QUICK = Settings(batch_size=8, orpo_lambda=4.0)
 _CPU_REAL = Settings(data="wikipedia-sample", dtype="float32", pairs=96, batch_size=4,
                      eval_tokens=16384, eval_pairs=200, eval_context=512, eval_stride=256,
                      eval_batch_size=8, targets="qv")  # fmt: skip
@@ -192,7 +193,7 @@ _GPU = Settings(data="wikitext-2", dtype="bfloat16", pairs=2048, batch_size=16, 
 PRESETS: dict[str, Preset] = {
     "smoke": Preset(
         ("tiny-gpt2",), ("lora", "full"), ("sft", "dpo"),
-        replace(_QUICK, pairs=64, batch_size=8, eval_tokens=1024, eval_pairs=32),
+        replace(_QUICK, pairs=64, eval_tokens=1024, eval_pairs=32),
         about="4 cases in seconds, for the tests",
     ),
     "quick": Preset(

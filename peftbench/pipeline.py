@@ -205,11 +205,13 @@ def load(case: Case, device: torch.device, *, quantize: bool) -> Any:
 
 
 def case_learning_rate(case: Case) -> float:
-    """The setting if given, else the table's value for adapter and method, scaled for the model."""
+    """The setting if given, else the model's own for adapter and method, else the adapter's."""
     if case.settings.learning_rate > 0:
         return case.settings.learning_rate
-    row = adapters.ADAPTERS[case.adapter]
-    return row.learning_rates[case.method] * models.find_model(case.model).learning_rate_scale
+    own = models.find_model(case.model).learning_rates.get(case.adapter, {})
+    if case.method in own:
+        return own[case.method]
+    return adapters.ADAPTERS[case.adapter].learning_rates[case.method]
 
 
 def train(model: Any, case: Case, task: TokenTask, learning_rate: float, gate: Gate) -> Training:

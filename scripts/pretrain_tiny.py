@@ -1,6 +1,7 @@
 """Train the tiny base models of peftbench/tiny on tinywiki's first domain, from nothing.
 
-    python scripts/pretrain_tiny.py tiny-gpt2 --output peftbench/tiny/tiny-gpt2
+    python scripts/pretrain_tiny.py tiny-gpt2 --output peftbench/tiny/tiny-gpt2 --steps 700
+    python scripts/pretrain_tiny.py tiny-llama --output peftbench/tiny/tiny-llama --steps 400
 
 Writes config, weights (float32 safetensors), tokenizer and metadata.json. Both models share one
 tokenizer, a byte-level BPE trained here on both domains: any text can be encoded, and every word of
@@ -10,6 +11,7 @@ the corpus is one token. The report at the end holds the model against the corpu
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
-MAX_VOCABULARY = 640  # 256 bytes, 2 special tokens, and room for a merge to every word
+MAX_VOCABULARY = 640  # 256 bytes, 2 special tokens, and room to merge every word
 WIDTH, LAYERS, HEADS = 128, 4, 4
 INITIALIZER_RANGE = 0.08  # about 1/sqrt(WIDTH): the usual 0.02 is for widths of a thousand and more
 POSITIONS = 512  # of the models
@@ -34,6 +36,7 @@ WINDOW, STRIDE = 256, 128  # of training rows and of the evaluation
 ROPE_THETA = 100.0  # longest wavelength about POSITIONS; 10,000 is for contexts of thousands
 BATCH_ROWS = 8
 PEAK_LEARNING_RATE = 3e-3
+STEPS = {"tiny-gpt2": 700, "tiny-llama": 400}
 WARMUP_STEPS = 100
 
 
@@ -217,34 +220,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=("tiny-gpt2", "tiny-llama"))
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, help=f"default: {STEPS}")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    steps = options.steps or STEPS[options.model]
 
     torch.manual_seed(options.seed)
     tokenizer = build_tokenizer()
     model = build_model(options.model, tokenizer)
     silence_layers(model)
-    train(model, tokenizer, options.steps, options.seed)
+    train(model, tokenizer, steps, options.seed)
+    options.output.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
+    weights = (options.output / "model.safetensors").read_bytes()
     perplexity, floor = held_out_perplexity(model, tokenizer, domain=1)
     other_perplexity, other_floor = held_out_perplexity(model, tokenizer, domain=2)
     metadata = {
         "model": options.model,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": options.steps,
-        "tokens": options.steps * BATCH_ROWS * WINDOW,
+        "steps": steps,
+        "tokens": steps * BATCH_ROWS * WINDOW,
         "seed": options.seed,
         "domain_1_perplexity": perplexity,
         "domain_1_floor": floor,
         "domain_1_ratio": perplexity / floor,
         "domain_2_perplexity": other_perplexity,
         "domain_2_floor": other_floor,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "corpus_digest": tinywiki.corpus_digest(),
         "torch_version": torch.__version__.split("+")[0],
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
     (options.output / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
     print(json.dumps(metadata, indent=2))
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def perplexity_ratio(model, tokenizer, domain: int, count: int) -> float:
 def test_model_is_within_a_tenth_of_the_floor_of_its_own_domain(loaded):
     _, model, tokenizer = loaded
     # Sampling noise of the articles cancels: text and floor are of the same articles.
-    assert 0.99 < perplexity_ratio(model, tokenizer, domain=1, count=120) < 1.10
+    assert 0.99 < perplexity_ratio(model, tokenizer, domain=1, count=200) < 1.10
 
 
 def test_model_is_far_from_the_floor_of_the_other_domain(loaded):
@@ -86,9 +87,9 @@ def test_base_model_does_not_know_the_facts_of_the_other_domain(loaded):
             logprobs = model(input_ids=rows).logits[:, :-1].log_softmax(-1)
             taken = logprobs.gather(-1, rows[:, 1:, None])[:, prompt - 1 :, 0].mean(-1)
             right += bool(taken[0] > taken[1])
-    # A fair coin's share of 400 has a standard deviation of 2.5 points; the base's share may be off
-    # by its arbitrary leanings among 48 facts as well (sqrt(0.25 / 48) = 7 points).
-    assert 0.35 < right / len(pairs) < 0.65
+    # A fair coin's share of 400 has a standard deviation of 2.5 points, and the base may lean to
+    # some values without a reason: 8 kinds x 2 facts, sqrt(0.25 / 16) = 12 points at the very most.
+    assert 0.40 < right / len(pairs) < 0.60
 
 
 def test_base_model_sometimes_tells_the_truth_about_the_other_domain(loaded):
@@ -138,7 +139,7 @@ def test_every_word_is_one_token_that_the_base_model_has_met(loaded):
     }
     for article in tinywiki.articles(2, "train", 500, seed=0):
         tokens = tokenizer(article.text)["input_ids"]
-        assert len(tokens) == len(article.text.split()) + 2  # words, and two runs of newlines
+        assert len(tokens) == len(article.text.split()) + 2  # words, and two groups of newlines
         assert set(tokens) <= met
 
 
@@ -156,6 +157,7 @@ def test_linear_layers_fit_blocks_of_64_and_training_is_deterministic(loaded):
     for name, weight in model.named_parameters():
         if weight.ndim == 2 and "wte" not in name and "embed" not in name:
             assert all(size % 64 == 0 for size in weight.shape), name
-    dropouts = {k: v for k, v in model.config.to_dict().items() if "drop" in k}
-    assert not any(v for v in dropouts.values() if not isinstance(v, str)), dropouts
+    # GPT-2's `summary_first_dropout` belongs to a classification head that is not there.
+    dropouts = {k: v for k, v in model.config.to_dict().items() if re.search("dropout$|pdrop$", k)}
+    assert not any(dropouts[k] for k in dropouts if k != "summary_first_dropout"), dropouts
     assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 3e6
