@@ -20,8 +20,10 @@ CHILD_ONLY = {
 LAYERS = [
     {"errors", "metrics"},
     {"case", "record", "data.task", "measuring.host", "progress", "summary", "provenance"},
-    {"data.tinywiki", "data.wikipedia", "data.files", "data.tokens", "methods"},
-    {"hub", "data.assets", "data.corpus", "data.preference", "data.hub"},
+    {"data.tinywiki", "data.wikipedia", "data.tokens", "methods"},
+    {"hub", "model_files", "data.assets", "data.corpus", "data.preference"},
+    {"data.files"},
+    {"data.hub"},
     {"data.loading", "quantization", "weights", "targets", "measuring.phases", "batches"},
     {"models", "adapters", "methods.sft", "methods.dpo", "methods.orpo", "evaluation"},
     {"training", "trl_engine"},
