@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -106,10 +107,16 @@ def check_settings(settings: Settings) -> None:
         value = getattr(settings, name)
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
-    for name in ("warmup_steps", "threads", "seed", "learning_rate", "time_budget_s"):
+    for name in ("warmup_steps", "threads", "seed"):
         value = getattr(settings, name)
         if value < 0:
             raise UserError(f"{name} is {value}; it must not be negative")
+    for name in ("learning_rate", "time_budget_s", "weight_decay", "max_grad_norm", "orpo_lambda"):
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{name} is {value}; it must be a number that is not negative")
+    if not (math.isfinite(settings.beta) and settings.beta > 0):
+        raise UserError(f"beta is {settings.beta}; it must be a number above 0")
     if settings.eval_context < 2:
         raise UserError(f"eval_context is {settings.eval_context}; it must be at least 2 tokens")
     if not 1 <= settings.eval_stride < settings.eval_context:
@@ -187,7 +194,7 @@ _CPU_REAL = Settings(data="wikipedia-sample", dtype="float32", pairs=96, batch_s
                      eval_tokens=16384, eval_pairs=200, eval_context=512, eval_stride=256,
                      eval_batch_size=8, targets="qv")  # fmt: skip
 _GPU = Settings(data="wikitext-2", dtype="bfloat16", pairs=2048, batch_size=16, prompt_length=128,
-                completion_length=128, eval_tokens=65536, eval_context=1024, eval_stride=512,
+                completion_length=128, eval_tokens=65536, eval_context=512, eval_stride=256,
                 eval_pairs=400, eval_batch_size=8)  # fmt: skip
 
 PRESETS: dict[str, Preset] = {

@@ -36,13 +36,16 @@ METRICS: dict[str, Metric] = {
     "first_step_s": Metric("s", "lower", "noisy", 0.05, "Wall time of the very first optimiser step, where kernels are chosen and memory is taken."),
     "step_p50_s": Metric("s", "lower", "noisy", 0.03, "Median wall time of an optimiser step after the warm-up."),
     "step_p95_s": Metric("s", "lower", "noisy", 0.05, "95th percentile of the wall time of an optimiser step after the warm-up."),
+    "import_s": Metric("s", "lower", "info", 0.0, "Wall time to import what the case needs and the fork server has not loaded yet."),
     "load_s": Metric("s", "lower", "noisy", 0.05, "Wall time to bring the weights onto the device, quantised where the adapter asks for it."),
     "attach_s": Metric("s", "lower", "noisy", 0.05, "Wall time to attach the adapter."),
     "data_s": Metric("s", "lower", "noisy", 0.05, "Wall time to make and tokenise the training and held-out data."),
     "check_s": Metric("s", "none", "info", 0.0, "Wall time to compare the adapted model with its base before any step."),
+    "prepare_s": Metric("s", "lower", "info", 0.0, "Wall time to pad the batches and to build the engine, before the reference pass or the first step."),
     "reference_s": Metric("s", "lower", "noisy", 0.03, "Wall time of the reference's log-probabilities on the training pairs; null where the method has no reference."),
     "warmup_s": Metric("s", "lower", "noisy", 0.05, "Wall time of the first `warmup_steps` optimiser steps and of building the optimiser."),
     "evaluate_s": Metric("s", "lower", "noisy", 0.05, "Wall time of the evaluation after training; the base is scored once per session, outside the cases."),
+    "compare_s": Metric("s", "none", "info", 0.0, "Wall time to compare the trained model with its base (KL, moved entries); `full` loads the base anew for it."),
     "save_s": Metric("s", "lower", "noisy", 0.05, "Wall time to write the adapter to disk."),
     "total_s": Metric("s", "lower", "noisy", 0.05, "Sum of all phases of the round; the wait between warm-up and the go is no phase."),
     "tokens_per_s": Metric("tokens/s", "higher", "derived", 0.03, "Non-padding tokens that the policy read in the training window, divided by the time of the same window."),
@@ -98,7 +101,8 @@ METRICS: dict[str, Metric] = {
 }  # fmt: skip
 
 PHASES: tuple[str, ...] = (
-    "load", "attach", "data", "check", "reference", "warmup", "train", "evaluate", "save",
+    "import", "load", "attach", "data", "check", "prepare", "reference", "warmup", "train",
+    "evaluate", "compare", "save",
 )  # fmt: skip
 """The phases of a round, in order. `reference` has no time where the method needs none."""
 

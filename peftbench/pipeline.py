@@ -1,7 +1,8 @@
 """READ THIS FIRST: what happens to a case, top to bottom.
 
     pytest (plugin.py)  ->  one fresh child process per round (worker.py)  ->  run_round, below:
-    load -> attach -> data -> check -> reference -> warm up -> [go] -> train -> evaluate -> save
+    import -> load -> attach -> data -> check -> prepare -> reference -> warm up -> [go] -> train
+    -> evaluate -> compare -> save
 
 The parent process collects, shows progress and writes files; it never imports torch. The child
 does everything on this page and sends back one plain dictionary, the round's record.
@@ -10,6 +11,7 @@ does everything on this page and sends back one plain dictionary, the round's re
 from __future__ import annotations
 
 import gc
+import importlib
 import math
 import os
 import tempfile
@@ -57,6 +59,9 @@ class Gate:
         self._phases = phases
         self._parent = parent
 
+    def prepared(self) -> None:
+        self._phases.enter("reference")
+
     def reference_done(self) -> None:
         self._phases.enter("warmup")
 
@@ -76,8 +81,13 @@ def run_round(
     `unquantized_base` the same before quantisation; both None when quality is not measured.
     """
     settings, start_unix_s = case.settings, time.time()
+    scores_quality = settings.measures_quality
     device = prepare_process(settings)
     phases = Phases(device, parent.phase)
+
+    phases.enter("import")
+    import_libraries(settings)
+    phases.imported()
 
     phases.enter("load")
     model = load(case, device, quantize=adapters.ADAPTERS[case.adapter].quantizes_base)
@@ -96,20 +106,23 @@ def run_round(
     # A copy of the adapter, not of a whole model: `full` is compared with a fresh base instead.
     at_start = None if case.adapter == "full" else adapters.snapshot(model)
 
-    phases.enter("reference")
+    phases.enter("prepare")
     learning_rate = case_learning_rate(case)
     training = train(model, case, task, learning_rate, Gate(phases, parent))
     if not all(math.isfinite(loss) for loss in training.losses):
         step = next(i for i, loss in enumerate(training.losses) if not math.isfinite(loss))
         raise InvalidTrainingError(f"the loss is {training.losses[step]} at step {step + 1}")
 
+    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+        raise InvalidTrainingError("a trained weight is not finite after the last step")
+
     phases.enter("evaluate")
     eos_id = model.config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
-    quality, kl = None, None
+    quality = evaluation.evaluate(model, task, settings, eos_id) if scores_quality else None
+
+    phases.enter("compare")
     fresh_base = load(case, device, quantize=False) if case.adapter == "full" else None
-    if settings.measures_quality:
-        quality = evaluation.evaluate(model, task, settings, eos_id)
-        kl = kl_of(model, fresh_base, quality, task, case)
+    kl = None if quality is None else kl_of(model, fresh_base, quality, task, case)
     if fresh_base is not None:
         at_start = adapters.snapshot(fresh_base)
     assert at_start is not None
@@ -160,6 +173,7 @@ def run_round(
             )
         ),
         "weights_hash": models.weights_hash(case.model, settings.weights, settings.seed),
+        "data": task.name,
         "data_digest": task.digest,
         "phases": {name: asdict(reading) for name, reading in phases.readings.items()},
         "losses": training.losses,
@@ -187,13 +201,29 @@ def prepare_process(settings: Settings) -> torch.device:
     # all, a third of a second at every boundary.
     gc.collect()
     gc.freeze()
-    torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+    torch.set_num_threads(settings.threads or available_cores())
     torch.manual_seed(settings.seed)
-    if settings.device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if settings.device == "cuda":
-        return torch.device("cuda:0")
-    return torch.device("cpu")
+    if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    torch.cuda.init()  # type: ignore[no-untyped-call]  # the memory counters are read before anything is put on the device
+    return torch.device("cuda:0")
+
+
+def available_cores() -> int:
+    """Cores that this process may use: fewer than the machine's in a container or under taskset."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def import_libraries(settings: Settings) -> None:
+    """Import what the case needs and the server has not: neither its time nor its memory is the
+    training's."""
+    names = ["accelerate", "bitsandbytes", "peft"]
+    if settings.engine == "trl":
+        names += ["trl.trainer.sft_trainer", "trl.trainer.dpo_trainer"]
+    for name in names:
+        importlib.import_module(name)
 
 
 def load(case: Case, device: torch.device, *, quantize: bool) -> Any:

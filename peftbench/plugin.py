@@ -19,12 +19,14 @@ from peftbench.data import assets
 from peftbench.data.loading import check_data, check_lengths
 from peftbench.errors import UserError, unknown_name
 from peftbench.methods import METHODS
+from peftbench.metrics import METRICS
 from peftbench.models import check_model, find_model, model_context
 from peftbench.progress import Progress
 from peftbench.record import FORMAT, dumps, write_atomically
 from peftbench.session import Session, run_case
 from peftbench.summary import summary_lines
 from peftbench.trl_engine import check_trl
+from peftbench.worker import torch_has_cuda
 
 SETTING_TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
 SWITCHES = {"bool"}
@@ -123,7 +125,7 @@ SESSION = pytest.StashKey[Session]()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if {"model", "adapter", "method"} <= set(metafunc.fixturenames):
+    if "peftbench_run" in metafunc.fixturenames:
         _, cases = metafunc.config.stash[SELECTION]
         # strings, because pytest-benchmark stores nothing else as a parameter
         metafunc.parametrize(
@@ -145,7 +147,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     preset, _ = config.stash[SELECTION]
     try:
-        preflight(preset, {i.callspec.params["model"] for i in items})  # type: ignore[attr-defined]
+        chosen = [i.callspec.params for i in items]  # type: ignore[attr-defined]
+        preflight(preset, {c["model"] for c in chosen}, {c["adapter"] for c in chosen})
+        refuse_other_modes(config)
         folder = writable_folder(Path(config.getoption("results_dir")))
     except UserError as error:
         raise pytest.UsageError(str(error)) from None
@@ -155,11 +159,26 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     )
 
 
-def preflight(preset: Preset, models: set[str]) -> None:
+def refuse_other_modes(config: pytest.Config) -> None:
+    """Modes of pytest-benchmark in which it calls the rounds in another way."""
+    if config.getoption("benchmark_disable", False) or config.getoption("benchmark_cprofile", None):
+        raise UserError(
+            "--benchmark-disable and --benchmark-cprofile do not work with bench/;"
+            " use --collect-only to see the cases, or run without them"
+        )
+    if config.getoption("numprocesses", None):
+        raise UserError("pytest-xdist (-n) would run measured cases side by side; leave it out")
+    if config.getoption("case_timeout") <= 0:
+        raise UserError(f"case-timeout is {config.getoption('case_timeout')}; it must be above 0")
+
+
+def preflight(preset: Preset, models: set[str], adapters: set[str]) -> None:
     """Platform, models, data and lengths, in the order in which a user would fix them."""
     if sys.platform == "win32":
         raise UserError("peftbench does not run on Windows itself; run it inside WSL2")
     settings = preset.settings
+    if settings.device == "cuda" and not torch_has_cuda():
+        raise UserError("--device cuda needs a CUDA build of torch, this one is for CPUs only")
     for model in preset.models:
         if model in models:
             check_model(model, settings.weights)
@@ -170,7 +189,7 @@ def preflight(preset: Preset, models: set[str]) -> None:
     for model in preset.models:
         if model in models:
             context = model_context(model, settings.weights)
-            if context is not None and "prefix" in preset.adapters:
+            if context is not None and "prefix" in adapters:
                 context -= settings.prefix_tokens  # learned positions count the prefix too
             check_lengths(settings, context)
 
@@ -248,6 +267,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.keywords["peftbench_run"] = True
 
 
+def pytest_benchmark_update_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any]
+) -> None:
+    """The host's name says nothing about a number."""
+    if config.stash.get(SESSION, None) is not None:
+        machine_info.pop("node", None)
+
+
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """Every case under one key of our own, those without a time included."""
     session = config.stash.get(SESSION, None)
@@ -259,6 +286,7 @@ def session_json(session: Session) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "run_id": session.run_id,
+        "metric_versions": {name: metric.version for name, metric in METRICS.items()},
         "cases": [
             {k: row[k] for k in ("case_id", "case_hash", "status", "phase", "reason") if k in row}
             for row in session.rows

@@ -10,6 +10,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 LIBRARIES = (
     "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes",
@@ -37,14 +38,16 @@ def _commit_suffix(distribution: metadata.Distribution) -> str:
     origin = json.loads(text)
     commit = origin.get("vcs_info", {}).get("commit_id")
     if commit is None and origin.get("dir_info", {}).get("editable"):
-        folder = Path(origin["url"].removeprefix("file://"))
+        folder = Path(unquote(origin["url"].removeprefix("file://")))
         commit, _ = git_state(folder)
     return f" ({commit[:12]})" if commit else ""
 
 
-def git_state(folder: Path) -> tuple[str | None, bool | None]:
+def git_state(folder: Path, *, own_package: bool = False) -> tuple[str | None, bool | None]:
     """(commit, whether tracked files differ from it); (None, None) outside a repository."""
     try:
+        # a package installed into another project's folder is not of that project's commit
+        _git(folder, "ls-files", "--error-unmatch", "__init__.py" if own_package else ".")
         commit = _git(folder, "rev-parse", "HEAD")
         return commit, bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
@@ -63,7 +66,7 @@ def describe() -> dict[str, Any]:
     """What holds for every case of a session; light: it imports no library that it names."""
     from peftbench import __version__
 
-    commit, dirty = git_state(Path(__file__).resolve().parent)
+    commit, dirty = git_state(Path(__file__).resolve().parent, own_package=True)
     return {
         "peftbench": __version__,
         "commit": commit,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -31,7 +31,7 @@ class Session:
         self.progress = progress
         self.time_limit_s = time_limit_s
         self.rows: list[dict[str, Any]] = []  # every case's record or outcome, in order of ending
-        self._bases: dict[str, dict[str, Any]] = {}
+        self._bases: dict[str, dict[str, Any] | Outcome] = {}
 
     @cached_property
     def context(self) -> BaseContext:
@@ -54,7 +54,7 @@ class Session:
         # only what can move the base's own numbers: cases that share it share one scoring
         settings = case.settings
         key = dumps(
-            {"model": case.model, "quantize": quantize}
+            {"model": case.model, "quantize": quantize, "float32": case.adapter == "full"}
             | {n: v for n, v in asdict(settings).items() if n.startswith("eval_")}
             | {n: getattr(settings, n) for n in ("data", "dtype", "device", "threads", "weights",
                                                  "prompt_length", "completion_length", "pairs")}
@@ -62,9 +62,15 @@ class Session:
         if key not in self._bases:
             self.progress.phase("score the 4-bit base" if quantize else "score the base")
             job = {"kind": "base", "case": case.to_dict(), "quantize": quantize}
-            with self.child(job, f"base-{len(self._bases)}") as child:
-                self._bases[key] = child.receive("result")
-        return self._bases[key]
+            try:
+                with self.child(job, f"base-{len(self._bases)}") as child:
+                    self._bases[key] = child.receive("result")
+            except RoundStoppedError as stop:  # remembered: the next case would fail the same way
+                self._bases[key] = replace(stop.outcome, phase=f"base: {stop.outcome.phase}")
+        found = self._bases[key]
+        if isinstance(found, Outcome):
+            raise RoundStoppedError(found)
+        return found
 
     def finish(self, case: Case, row: dict[str, Any]) -> None:
         """Keep a case's row and show it."""
@@ -183,6 +189,8 @@ def run_case(session: Session, case: Case, benchmark: Any) -> dict[str, Any]:
         benchmark.extra_info.update(json.loads(dumps(row)))
     except RoundStoppedError as stop:
         row = session.stopped(case, stop.outcome) | {"traceback": stop.outcome.traceback}
+    except OSError as error:  # a full disk: the case is lost, the others need not be
+        row = session.stopped(case, Outcome("failed", "record", f"{type(error).__name__}: {error}"))
     except KeyboardInterrupt:
         row = session.stopped(case, Outcome("interrupted", "", "stopped by the user"))
         session.finish(case, row)

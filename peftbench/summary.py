@@ -32,10 +32,16 @@ def _mib(size: int | None) -> str:
 
 
 def memory_of(row: dict[str, Any]) -> tuple[str, int | None]:
-    """The headline peak and what it is: the GPU's where there is one, else the host's growth."""
-    if row["peak_gpu_memory_bytes"] is not None:
-        return "GPU", row["peak_gpu_memory_bytes"]
-    return "host", row["host_peak_rss_delta_bytes"]
+    """The peak to show and its source: the GPU's where there is one, else the host's growth."""
+    sources = {
+        "GPU memory that NVML saw in training": "peak_gpu_memory_bytes",
+        "GPU memory that torch reserved in training": "torch_peak_reserved_bytes",
+        "growth of the process's resident memory in training (no GPU)": "host_peak_rss_delta_bytes",
+    }
+    for source, name in sources.items():
+        if row[name] is not None:
+            return source, row[name]
+    return "not measured", None
 
 
 def summary_lines(rows: list[dict[str, Any]]) -> list[str]:
@@ -62,12 +68,7 @@ def summary_lines(rows: list[dict[str, Any]]) -> list[str]:
     ok = [r for r in rows if r["status"] == "ok"]
     notes = []
     if ok:
-        kind = memory_of(ok[0])[0]
-        notes.append(
-            "peak MiB: growth of the process's resident memory in training (no GPU)"
-            if kind == "host"
-            else "peak MiB: GPU memory that NVML saw in training"
-        )
+        notes += [f"peak MiB: {source}" for source in dict.fromkeys(memory_of(r)[0] for r in ok)]
         floors = sorted({f"{r['perplexity_floor']:.4g}" for r in ok if r["perplexity_floor"]})
         if floors:
             notes.append(

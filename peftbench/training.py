@@ -29,6 +29,9 @@ ADAM_EPS = 1e-8
 class Gate(Protocol):
     """The phase boundaries of a training, called by either engine."""
 
+    def prepared(self) -> None:
+        """Batches and trainer are ready; called only where a reference pass follows."""
+
     def reference_done(self) -> None:
         """Reference log-probabilities are known; no optimiser step has been made."""
 
@@ -196,6 +199,7 @@ def train(
     windows = build_windows(task, settings, METHODS[method].sides, device)
     reference_rows: list[torch.Tensor] = []
     if METHODS[method].needs_reference:
+        gate.prepared()
         with accelerator.autocast():
             reference_rows = reference_logratios(model, windows, reference)
     synchronize(device)

@@ -71,6 +71,7 @@ def train(
     with tempfile.TemporaryDirectory() as folder, _restored(model):
         trainer = build_trainer(model, task, settings, method, learning_rate, folder, losses)
         if method == "dpo":
+            gate.prepared()
             add_reference(trainer, settings, reference)
         synchronize(trainer.args.device)
         gate.reference_done()

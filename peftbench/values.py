@@ -32,8 +32,6 @@ def time_values(
     """Seconds by phase, step quantiles and rates; counts of what was trained on."""
     settings, row = case.settings, METHODS[case.method]
     seconds: dict[str, float | None] = {n: r.seconds for n, r in phases.readings.items()}
-    if not row.needs_reference:
-        seconds["reference"] = None  # the phase was entered and left empty
     steps = len(training.step_s)
     window = settings.batch_size * settings.gradient_accumulation
     counts = [

@@ -156,7 +156,9 @@ class Child:
         """
         while True:
             left_s = self._deadline - time.monotonic()
-            if left_s <= 0 or not self._pipe.poll(left_s):
+            if left_s > 0 and not self._pipe.poll(min(left_s, 3600.0)):
+                continue
+            if left_s <= 0:
                 self.process.kill()
                 raise RoundStoppedError(
                     Outcome("timeout", self.phase, f"no end after {self._time_limit_s:g} s")

@@ -38,6 +38,10 @@ def paired_accuracy(items: dict[str, Any]) -> tuple[float, float]:
     return statistics.fmean(gains), statistics.stdev(gains) / math.sqrt(len(gains))
 
 
+def errors(gain: float, error: float) -> str:
+    return f"{gain / error:.1f}" if error > 0 else "no"
+
+
 def own_target(row: dict[str, Any], item: dict[str, Any]) -> tuple[str, float, float]:
     if row["case"]["method"] == "sft":
         return "nll_per_token falls", *paired_nll(item)
@@ -57,7 +61,7 @@ def quick_claims(row: dict[str, Any], item: dict[str, Any], index: int) -> Itera
         n = len(item["preference_correct"])
         yield n >= 400 and gain >= 0.10, f"{name} by {gain:.1%} on {n} pairs (10 points promised)"
     else:
-        yield gain > 3 * error, f"{name} by {gain:.4f}, {gain / error:.1f} errors (3 promised)"
+        yield gain > 3 * error, f"{name} by {gain:.4f}, {errors(gain, error)} errors (3 promised)"
 
 
 def real_claims(row: dict[str, Any], item: dict[str, Any], index: int) -> Iterator[Claim]:
@@ -65,7 +69,7 @@ def real_claims(row: dict[str, Any], item: dict[str, Any], index: int) -> Iterat
     yield seconds <= 300, f"{seconds:.0f} s in all phases (300 s promised)"
     name, gain, error = own_target(row, item)
     needed = 2 if row["case"]["adapter"] == "lora" else -math.inf
-    text = f"{name} by {gain:.4f}, {gain / error:.1f} errors"
+    text = f"{name} by {gain:.4f}, {errors(gain, error)} errors"
     yield gain > needed * error, text + (" (2 promised)" if needed == 2 else " (nothing promised)")
 
 

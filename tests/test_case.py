@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 
 import pytest
 
 from peftbench.adapters import ADAPTERS
 from peftbench.case import CHOICES, PRESETS, Case, Settings, check_settings
+from peftbench.data.loading import check_lengths
 from peftbench.errors import UserError, unknown_name
 from peftbench.methods import METHODS
-from peftbench.models import MODELS
+from peftbench.models import MODELS, model_context
 
 
 def test_id_reads_model_adapter_method():
@@ -60,7 +62,10 @@ def test_steps_are_whole_windows_of_the_pairs():
         ({"rank": -1}, "rank is -1"),
         ({"gradient_accumulation": 0}, "gradient_accumulation is 0"),
         ({"warmup_steps": -1}, "must not be negative"),
-        ({"learning_rate": -1e-3}, "must not be negative"),
+        ({"learning_rate": -1e-3}, "learning_rate is -0.001; it must be a number that is not"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"orpo_lambda": math.inf}, "orpo_lambda is inf"),
+        ({"beta": 0.0}, "beta is 0.0; it must be a number above 0"),
         ({"eval_context": 1}, "at least 2 tokens"),
         ({"eval_stride": 256}, "between 1 and eval_context - 1 = 255"),
         ({"pairs": 32, "batch_size": 16}, "2 steps, of which 2 warm up"),
@@ -83,6 +88,16 @@ def test_presets_name_only_what_the_tables_have_and_pass_the_checks(name):
     assert set(preset.adapters) <= set(ADAPTERS)
     assert set(preset.methods) <= set(METHODS)
     assert preset.about
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_fit_their_models_contexts(name):
+    """With the prefix's positions counted; from the configs in the tables, without a network."""
+    preset = PRESETS[name]
+    for model in preset.models:
+        context = model_context(model, "random")
+        assert context is not None
+        check_lengths(preset.settings, context - preset.settings.prefix_tokens)
 
 
 def test_quick_preset_is_the_30_cases():

@@ -32,7 +32,7 @@ class Phases:
     def __init__(self, device: torch.device, announce: Callable[[str], None]) -> None:
         self.readings: dict[str, PhaseReading] = {}
         self.peak_unavailable = host.reset_peak()
-        self.start_rss_bytes = host.rss_bytes()
+        self.start_rss_bytes: int | None = None
         self._device = device
         self._announce = announce
         self._name: str | None = None
@@ -51,6 +51,11 @@ class Phases:
             hold()
         self._name = name
         self._started = time.perf_counter()
+
+    def imported(self) -> None:
+        """The imports are done: the resident memory from which growth is counted is read here."""
+        self.leave()
+        self.start_rss_bytes = host.rss_bytes()
 
     def leave(self) -> float:
         """End the current phase, if any; returns its seconds."""
