@@ -189,7 +189,7 @@ class Preset:
 
 
 # lambda: three of some twenty tokens tell true from false, and ORPO's term is a mean over all
-_QUICK = Settings(batch_size=8, orpo_lambda=4.0)
+_QUICK = Settings(batch_size=8, orpo_lambda=4.0, eval_tokens=4096)
 _CPU_REAL = Settings(data="wikipedia-sample", dtype="float32", pairs=96, batch_size=4,
                      eval_tokens=16384, eval_pairs=200, eval_context=512, eval_stride=256,
                      eval_batch_size=8, targets="qv")  # fmt: skip

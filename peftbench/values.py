@@ -41,7 +41,7 @@ def time_values(
     timed = counts[settings.warmup_steps * settings.gradient_accumulation :]
     timed_steps = sorted(training.step_s[settings.warmup_steps :])
     train_s = phases.readings["train"].seconds
-    method_s = [seconds[n] for n in ("reference", "warmup", "train")]
+    method_s = [seconds.get(n) for n in ("reference", "warmup", "train")]
     return {
         **{f"{name}_s": seconds.get(name) for name in PHASES},
         "total_s": math.fsum(r.seconds for r in phases.readings.values()),
