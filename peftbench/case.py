@@ -190,8 +190,8 @@ class Preset:
 
 # lambda: three of some twenty tokens tell true from false, and ORPO's term is a mean over all
 _QUICK = Settings(batch_size=8, orpo_lambda=4.0, eval_tokens=4096)
-_CPU_REAL = Settings(data="wikipedia-sample", dtype="float32", pairs=96, batch_size=4,
-                     eval_tokens=16384, eval_pairs=200, eval_context=512, eval_stride=256,
+_CPU_REAL = Settings(data="wikipedia-sample", dtype="float32", pairs=64, batch_size=4,
+                     eval_tokens=16384, eval_pairs=200, eval_context=512, eval_stride=448,
                      eval_batch_size=8, targets="qv")  # fmt: skip
 _GPU = Settings(data="wikitext-2", dtype="bfloat16", pairs=2048, batch_size=16, prompt_length=128,
                 completion_length=128, eval_tokens=65536, eval_context=512, eval_stride=256,
