@@ -153,6 +153,11 @@ class Case:
         text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    @property
+    def weights_dtype(self) -> str:
+        """What the base's weights are held in: what trains is always float32."""
+        return "float32" if self.adapter == "full" else self.settings.dtype
+
     def identity(self) -> dict[str, Any]:
         """What the hash covers, as plain values."""
         return {"model": self.model, "adapter": self.adapter, "method": self.method} | {

@@ -81,7 +81,6 @@ def run_round(
     `unquantized_base` the same before quantisation; both None when quality is not measured.
     """
     settings, start_unix_s = case.settings, time.time()
-    scores_quality = settings.measures_quality
     device = prepare_process(settings)
     phases = Phases(device, parent.phase)
 
@@ -118,7 +117,9 @@ def run_round(
 
     phases.enter("evaluate")
     eos_id = model.config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
-    quality = evaluation.evaluate(model, task, settings, eos_id) if scores_quality else None
+    quality = None
+    if settings.measures_quality:
+        quality = evaluation.evaluate(model, task, settings, eos_id)
 
     phases.enter("compare")
     fresh_base = load(case, device, quantize=False) if case.adapter == "full" else None
@@ -229,8 +230,7 @@ def import_libraries(settings: Settings) -> None:
 def load(case: Case, device: torch.device, *, quantize: bool) -> Any:
     """The base model of a case, without dropout: frozen weights in `dtype`, trained in float32."""
     settings = case.settings
-    trains_base = case.adapter == "full"
-    dtype = torch.float32 if trains_base else getattr(torch, settings.dtype)
+    dtype = getattr(torch, case.weights_dtype)
     model = models.load_model(
         case.model, weights=settings.weights, dtype=dtype, device=device, quantize=quantize,
         seed=settings.seed,

@@ -54,7 +54,7 @@ class Session:
         # only what can move the base's own numbers: cases that share it share one scoring
         settings = case.settings
         key = dumps(
-            {"model": case.model, "quantize": quantize, "float32": case.adapter == "full"}
+            {"model": case.model, "quantize": quantize, "weights_dtype": case.weights_dtype}
             | {n: v for n, v in asdict(settings).items() if n.startswith("eval_")}
             | {n: getattr(settings, n) for n in ("data", "dtype", "device", "threads", "weights",
                                                  "prompt_length", "completion_length", "pairs")}
