@@ -18,6 +18,7 @@ from peftbench.data.assets import cache_dir, cached_path
 from peftbench.data.files import TEXT_COLUMN, role_of
 from peftbench.data.preference import COLUMNS
 from peftbench.errors import UserError
+from peftbench.hub import hub_token
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -86,9 +87,11 @@ def _current_revision(data: HubData) -> str:
 
     api = HfApi()
     try:
-        info = api.dataset_info(data.id, revision=data.revision, timeout=_TIMEOUT_S, token=_token())
+        info = api.dataset_info(
+            data.id, revision=data.revision, timeout=_TIMEOUT_S, token=hub_token()
+        )
     except RepositoryNotFoundError as error:
-        token = "with the token of the environment" if _token() else "without a token"
+        token = "with the token of the environment" if hub_token() else "without a token"
         raise UserError(
             f"no data set {data.id!r} on {api.endpoint} (asked {token}), and no local path of that"
             f" name; {_offline_choices()}"
@@ -110,10 +113,6 @@ def _network_errors() -> tuple[type[Exception], ...]:
     return (*bases, OSError)
 
 
-def _token() -> str | None:
-    return os.environ.get("HF_TOKEN") or os.environ.get("HUGGINGFACE_TOKEN") or None
-
-
 def _offline_choices() -> str:
     names = ["tinywiki"] + (["wikipedia-sample"] if cached_path("wikipedia-sample") else [])
     return f"without the Hub there are {', '.join(names)} and local files (--data PATH)"
@@ -125,7 +124,7 @@ def download(data: HubData, folder: Path) -> None:
     from datasets.exceptions import DatasetsError
 
     try:
-        splits = load_dataset(data.id, data.config, revision=data.revision, token=_token())
+        splits = load_dataset(data.id, data.config, revision=data.revision, token=hub_token())
     except (DatasetsError, ValueError, RuntimeError, *_network_errors()) as error:
         # Their messages name the configs to choose from, on several lines.
         raise UserError(
