@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from peftbench.errors import UserError
@@ -145,7 +146,8 @@ class Case:
     @property
     def id(self) -> str:
         """`tiny-gpt2-lora-dpo`: the test id. A path or a Hub id gives its last part."""
-        return f"{short_model_name(self.model)}-{self.adapter}-{self.method}"
+        model = public_name(self.model).rsplit("/", 1)[-1]
+        return f"{model}-{self.adapter}-{self.method}"
 
     @property
     def hash(self) -> str:
@@ -159,12 +161,21 @@ class Case:
         return "float32" if self.adapter == "full" else self.settings.dtype
 
     def identity(self) -> dict[str, Any]:
-        """What the hash covers, as plain values."""
-        return {"model": self.model, "adapter": self.adapter, "method": self.method} | {
-            f.name: getattr(self.settings, f.name)
+        """What the hash covers, as plain values: the same on every machine."""
+        public = self.public()
+        return {"model": public.model, "adapter": self.adapter, "method": self.method} | {
+            f.name: getattr(public.settings, f.name)
             for f in fields(Settings)
-            if getattr(self.settings, f.name) != f.default
+            if getattr(public.settings, f.name) != f.default
         }
+
+    def public(self) -> Case:
+        """As records hold it: of a local model or data set the name alone, not where it lies.
+
+        What is in it is told by the record's `weights_hash` and `data_digest`.
+        """
+        settings = replace(self.settings, data=public_name(self.settings.data))
+        return replace(self, model=public_name(self.model), settings=settings)
 
     def with_seed(self, seed: int) -> Case:
         return replace(self, settings=replace(self.settings, seed=seed))
@@ -177,8 +188,23 @@ class Case:
         return cls(data["model"], data["adapter"], data["method"], Settings(**data["settings"]))
 
 
-def short_model_name(model: str) -> str:
-    return model.rstrip("/").rsplit("/", 1)[-1]
+def public_name(name: str) -> str:
+    """A local path's last part; a table's name or a Hub id as it is."""
+    path = expanded(name)
+    return path.absolute().name if is_local(name) or path.exists() else name
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is written as a path, which a Hub id (owner/name) never is."""
+    return name.startswith(("/", "./", "../", "~")) or name in (".", "..")
+
+
+def expanded(name: str) -> Path:
+    """The path, `~` resolved. Raises: UserError for the home of a user that does not exist."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"cannot tell what {name!r} means: {error}; give the full path") from None
 
 
 @dataclass(frozen=True)
@@ -194,7 +220,7 @@ class Preset:
 
 
 # lambda: three of some twenty tokens tell true from false, and ORPO's term is a mean over all
-_QUICK = Settings(batch_size=8, orpo_lambda=4.0, eval_tokens=4096)
+_QUICK = Settings(pairs=384, batch_size=8, orpo_lambda=4.0, eval_tokens=4096)
 _CPU_REAL = Settings(data="wikipedia-sample", dtype="float32", pairs=64, batch_size=4,
                      eval_tokens=16384, eval_pairs=200, eval_context=512, eval_stride=448,
                      eval_batch_size=8, targets="qv")  # fmt: skip

@@ -30,7 +30,8 @@ from peftbench.data.loading import load_task
 from peftbench.data.task import TokenTask
 from peftbench.evaluation import Quality
 from peftbench.measuring.phases import Phases
-from peftbench.quantization import layers_4bit
+from peftbench.methods import METHODS
+from peftbench.quantization import layers_4bit, quantization_of
 from peftbench.record import FORMAT, measured
 from peftbench.training import Training
 
@@ -80,6 +81,7 @@ def run_round(
     `base` is what the untrained model scores on the same held-out data (`score_base`), and
     `unquantized_base` the same before quantisation; both None when quality is not measured.
     """
+    case = models.resolved(case)
     settings, start_unix_s = case.settings, time.time()
     device = prepare_process(settings)
     phases = Phases(device, parent.phase)
@@ -91,6 +93,7 @@ def run_round(
     phases.enter("load")
     model = load(case, device, quantize=adapters.ADAPTERS[case.adapter].quantizes_base)
     base_bytes, quantized = models.base_bytes(model), len(layers_4bit(model))
+    quantization = quantization_of(model)
 
     phases.enter("attach")
     model = adapters.attach(model, case.adapter, settings)
@@ -106,8 +109,7 @@ def run_round(
     at_start = None if case.adapter == "full" else adapters.snapshot(model)
 
     phases.enter("prepare")
-    learning_rate = case_learning_rate(case)
-    training = train(model, case, task, learning_rate, Gate(phases, parent))
+    training = train(model, case, task, Gate(phases, parent))
     if not all(math.isfinite(loss) for loss in training.losses):
         step = next(i for i, loss in enumerate(training.losses) if not math.isfinite(loss))
         raise InvalidTrainingError(f"the loss is {training.losses[step]} at step {step + 1}")
@@ -127,7 +129,7 @@ def run_round(
     if fresh_base is not None:
         at_start = adapters.snapshot(fresh_base)
     assert at_start is not None
-    rows = touched_rows(model, task) if case.adapter == "full" else None
+    rows = touched_rows(model, task, METHODS[case.method].sides) if case.adapter == "full" else None
     moved = adapters.moved_ratio(at_start, model, rows)
     del fresh_base
 
@@ -148,7 +150,7 @@ def run_round(
         "quantized_modules": quantized,
         "moved_ratio": moved,
         "start_max_logit_difference": start_difference,
-        "learning_rate": learning_rate,
+        "learning_rate": settings.learning_rate,
         "truncated_prompts": task.truncated_prompts,
         "truncated_completions": task.truncated_completions,
         **values.loss_values(training),
@@ -162,7 +164,7 @@ def run_round(
         "status": "ok",
         "case_id": case.id,
         "case_hash": case.hash,
-        "case": case.to_dict(),
+        "case": case.public().to_dict(),
         "seed": settings.seed,
         "start_unix_s": start_unix_s,
         **measured(numbers, values.null_reasons(case, device, phases)),
@@ -173,6 +175,9 @@ def run_round(
                 {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
             )
         ),
+        "model_revision": models.find_model(case.model).revision,
+        "base_dtype": case.weights_dtype,
+        "quantization": quantization,
         "weights_hash": models.weights_hash(case.model, settings.weights, settings.seed),
         "data": task.name,
         "data_digest": task.digest,
@@ -239,17 +244,7 @@ def load(case: Case, device: torch.device, *, quantize: bool) -> Any:
     return model
 
 
-def case_learning_rate(case: Case) -> float:
-    """The setting if given, else the model's own for adapter and method, else the adapter's."""
-    if case.settings.learning_rate > 0:
-        return case.settings.learning_rate
-    own = models.find_model(case.model).learning_rates.get(case.adapter, {})
-    if case.method in own:
-        return own[case.method]
-    return adapters.ADAPTERS[case.adapter].learning_rates[case.method]
-
-
-def train(model: Any, case: Case, task: TokenTask, learning_rate: float, gate: Gate) -> Training:
+def train(model: Any, case: Case, task: TokenTask, gate: Gate) -> Training:
     """Through the engine that the settings name."""
     if case.settings.engine == "trl":
         from peftbench import trl_engine
@@ -259,9 +254,7 @@ def train(model: Any, case: Case, task: TokenTask, learning_rate: float, gate: G
         from peftbench import training
 
         engine_train = training.train
-    return engine_train(
-        model, task, case.settings, case.method, learning_rate, gate, reference_of(model, case)
-    )
+    return engine_train(model, task, case.settings, case.method, gate, reference_of(model, case))
 
 
 def reference_of(model: Any, case: Case) -> AbstractContextManager[None]:
@@ -280,13 +273,17 @@ def start_max_logit_difference(model: Any, case: Case, task: TokenTask) -> float
     return float((adapted - plain)[batch.completion_mask].abs().max())
 
 
-def touched_rows(model: Any, task: TokenTask) -> dict[str, torch.Tensor]:
+def touched_rows(model: Any, task: TokenTask, sides: str) -> dict[str, torch.Tensor]:
     """Masks over embedding rows that training could move: the others have no gradient.
 
+    `sides` is "chosen", or "both" where the rejected completions are read as well.
     A token embedding that is tied to the head has a gradient in every row, through the softmax.
     """
-    ids = torch.tensor(sorted({t for p in task.train for t in p.prompt + p.chosen + p.rejected}))
-    longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in task.train)
+    rows_read = [p.prompt + p.chosen for p in task.train]
+    if sides == "both":
+        rows_read += [p.prompt + p.rejected for p in task.train]
+    ids = torch.tensor(sorted({token for row in rows_read for token in row}))
+    longest = max(len(row) for row in rows_read)
     head = model.get_output_embeddings()
     rows = {}
     for name, module in model.named_modules():

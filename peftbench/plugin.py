@@ -5,6 +5,7 @@ Loaded in every pytest session of an environment that has peftbench, so it impor
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from dataclasses import fields, replace
@@ -20,13 +21,16 @@ from peftbench.data.loading import check_data, check_lengths
 from peftbench.errors import UserError, unknown_name
 from peftbench.methods import METHODS
 from peftbench.metrics import METRICS
-from peftbench.models import check_model, find_model, model_context
+from peftbench.models import check_model, find_model, model_context, resolved
 from peftbench.progress import Progress
 from peftbench.record import FORMAT, dumps, write_atomically
 from peftbench.session import Session, run_case
 from peftbench.summary import summary_lines
 from peftbench.trl_engine import check_trl
 from peftbench.worker import torch_has_cuda
+
+# By the strings that a test's parameters are: the model's public name, the adapter, the method.
+Cases = dict[tuple[str, str, str], Case]
 
 SETTING_TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
 SWITCHES = {"bool"}
@@ -82,7 +86,7 @@ def _names(config: pytest.Config, option: str, default: tuple[str, ...]) -> tupl
     return names
 
 
-def selection(config: pytest.Config) -> tuple[Preset, list[Case]]:
+def selection(config: pytest.Config) -> tuple[Preset, Cases]:
     """The preset with the options applied, and its cases in order."""
     name = config.getoption("preset")
     if name not in PRESETS:
@@ -106,10 +110,17 @@ def selection(config: pytest.Config) -> tuple[Preset, list[Case]]:
     if preset.rounds < 1:
         raise UserError(f"rounds is {preset.rounds}; it must be at least 1")
     check_settings(settings)
-    cases = [
-        Case(m, a, x, settings)
-        for m in preset.models for a in preset.adapters for x in preset.methods
-    ]  # fmt: skip
+    cases: dict[tuple[str, str, str], Case] = {}
+    for axes in itertools.product(preset.models, preset.adapters, preset.methods):
+        case = resolved(Case(*axes, settings))
+        public = case.public()
+        key = (public.model, public.adapter, public.method)
+        if key in cases:
+            raise UserError(
+                f"models {cases[key].model!r} and {case.model!r} have one name, {public.model!r}:"
+                " their records could not be told apart; rename a folder, or run one at a time"
+            )
+        cases[key] = case
     return preset, cases
 
 
@@ -120,7 +131,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from None
 
 
-SELECTION = pytest.StashKey[tuple[Preset, list[Case]]]()
+SELECTION = pytest.StashKey[tuple[Preset, Cases]]()
 SESSION = pytest.StashKey[Session]()
 
 
@@ -130,8 +141,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         # strings, because pytest-benchmark stores nothing else as a parameter
         metafunc.parametrize(
             ("model", "adapter", "method"),
-            [(c.model, c.adapter, c.method) for c in cases],
-            ids=[c.id for c in cases],
+            list(cases),
+            ids=[case.id for case in cases.values()],
         )
 
 
@@ -145,10 +156,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     items = [i for i in session.items if is_bench_item(i)]
     if not items or config.getoption("collectonly"):
         return
-    preset, _ = config.stash[SELECTION]
+    preset, cases = config.stash[SELECTION]
     try:
-        chosen = [i.callspec.params for i in items]  # type: ignore[attr-defined]
-        preflight(preset, {c["model"] for c in chosen}, {c["adapter"] for c in chosen})
+        keys = [i.callspec.params for i in items]  # type: ignore[attr-defined]
+        chosen = [cases[k["model"], k["adapter"], k["method"]] for k in keys]
+        preflight(preset, {c.model for c in chosen}, {c.adapter for c in chosen})
         refuse_other_modes(config)
         folder = writable_folder(Path(config.getoption("results_dir")))
     except UserError as error:
@@ -212,9 +224,11 @@ def impossible(case: Case) -> str | None:
     settings = case.settings
     if case.adapter == "prefix" and settings.gradient_checkpointing:
         return "prefix tuning feeds its prefix as a cache, which gradient checkpointing turns off"
+    if settings.optimizer == "paged-adamw-8bit" and (
+        settings.device == "cpu" or not torch_has_cuda()
+    ):
+        return "paged-adamw-8bit pages between a GPU and its host: on a CPU use adamw"
     if settings.engine == "trl":
-        if settings.time_budget_s > 0:
-            return "a time budget needs --engine native"
         try:
             check_trl(case.method, settings)
         except UserError as error:
@@ -228,8 +242,7 @@ def peftbench_run(
 ) -> Any:
     """A function that trains and measures the test's case and returns its row."""
     config = request.config
-    preset, _ = config.stash[SELECTION]
-    case = Case(model, adapter, method, preset.settings)
+    case = config.stash[SELECTION][1][model, adapter, method]
     session = config.stash[SESSION]
     benchmark.group = case.id.removesuffix(f"-{adapter}-{method}")
 

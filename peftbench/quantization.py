@@ -48,6 +48,20 @@ def layers_4bit(model: torch.nn.Module) -> dict[str, Linear4bit]:
     return {name: m for name, m in model.named_modules() if type(m) is Linear4bit}
 
 
+def quantization_of(model: torch.nn.Module) -> dict[str, Any] | None:
+    """How the base's 4-bit layers are held, read from the first of them; None without any."""
+    layer = next(iter(layers_4bit(model).values()), None)
+    if layer is None:
+        return None
+    state: Any = layer.weight.quant_state
+    return {
+        "type": state.quant_type,
+        "double_quantization": state.nested,
+        "block_size": state.blocksize,
+        "compute_dtype": str(layer.compute_dtype).removeprefix("torch."),
+    }
+
+
 def names_to_quantize(model: PreTrainedModel) -> frozenset[str]:
     """Linear and Conv1D layers that go to 4 bits: transformers' own rule, which spares the head.
 

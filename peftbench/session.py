@@ -88,10 +88,10 @@ class Session:
             "format": FORMAT,
             "status": outcome.status,
             "phase": outcome.phase,
-            "reason": outcome.reason,
+            "reason": without_paths(outcome.reason),
             "case_id": case.id,
             "case_hash": case.hash,
-            "case": case.to_dict(),
+            "case": case.public().to_dict(),
         }
 
 
@@ -137,7 +137,7 @@ class CaseRounds:
         assert self._child is not None
         record = self._child.receive("result")
         # the case's identity is that of its first seed; the round's own seed is in `seed`
-        record |= {"case": self._case.to_dict(), "case_hash": self._case.hash}
+        record |= {"case": self._case.public().to_dict(), "case_hash": self._case.hash}
         record["provenance"] = provenance.describe()
         record["run_id"] = self._session.run_id
         name = f"{self._file_stem(len(self.records))}.json"
@@ -155,6 +155,11 @@ class CaseRounds:
         if self._child is not None:
             self._child.close()
             self._child = None
+
+
+def without_paths(text: str) -> str:
+    """Records travel: where the user's files lie is not theirs to tell."""
+    return text.replace(str(Path.cwd()), ".").replace(str(Path.home()), "~")
 
 
 def result_line(row: dict[str, Any]) -> str:

@@ -123,20 +123,22 @@ def reference_logratios(
     return rows
 
 
-def build_optimizer(model: Any, settings: Settings, learning_rate: float) -> torch.optim.Optimizer:
+def build_optimizer(model: Any, settings: Settings) -> torch.optim.Optimizer:
     """AdamW over what requires a gradient; fused on a GPU."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise RuntimeError("nothing to train: no parameter requires a gradient")
     if settings.optimizer == "paged-adamw-8bit":
+        if not trained[0].is_cuda:
+            raise UserError("paged-adamw-8bit pages between a GPU and its host: on a CPU use adamw")
         import bitsandbytes
 
         optimizer: torch.optim.Optimizer = bitsandbytes.optim.PagedAdamW8bit(
-            trained, lr=learning_rate, weight_decay=settings.weight_decay
+            trained, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         return optimizer
     return torch.optim.AdamW(
-        trained, lr=learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS,
+        trained, lr=settings.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS,
         weight_decay=settings.weight_decay, fused=trained[0].is_cuda,
     )  # fmt: skip
 
@@ -177,7 +179,6 @@ def train(
     task: TokenTask,
     settings: Settings,
     method: str,
-    learning_rate: float,
     gate: Gate,
     reference: AbstractContextManager[None],
 ) -> Training:
@@ -205,7 +206,7 @@ def train(
     synchronize(device)
     gate.reference_done()
 
-    optimizer = build_optimizer(model, settings, learning_rate)
+    optimizer = build_optimizer(model, settings)
     schedule = build_schedule(optimizer, settings)
     wrapped = accelerator.prepare_model(model)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -46,6 +45,8 @@ def check_trl(method: str, settings: Settings) -> None:
             f"orpo_nll_on is {settings.orpo_nll_on!r}, but TRL's ORPO always takes the NLL over"
             " prompt and completion; set it to 'all' or use --engine native"
         )
+    if settings.time_budget_s > 0:
+        raise UserError("a time budget needs --engine native")
     if importlib.util.find_spec("trl") is None:
         raise UserError(f"--engine trl needs the package trl, which is missing; {_INSTALL}")
 
@@ -55,7 +56,6 @@ def train(
     task: TokenTask,
     settings: Settings,
     method: str,
-    learning_rate: float,
     gate: Gate,
     reference: AbstractContextManager[None],
 ) -> Training:
@@ -69,7 +69,7 @@ def train(
     losses: list[torch.Tensor] = []
     clock = StepClock(next(model.parameters()).device)
     with tempfile.TemporaryDirectory() as folder, _restored(model):
-        trainer = build_trainer(model, task, settings, method, learning_rate, folder, losses)
+        trainer = build_trainer(model, task, settings, method, folder, losses)
         if method == "dpo":
             gate.prepared()
             add_reference(trainer, settings, reference)
@@ -88,7 +88,6 @@ def build_trainer(
     task: TokenTask,
     settings: Settings,
     method: str,
-    learning_rate: float,
     folder: str,
     losses: list[torch.Tensor],
 ) -> Any:
@@ -102,8 +101,8 @@ def build_trainer(
     # TRL casts the adapter of a 4-bit model to bfloat16, in which IA3's and most of LoRA's updates
     # round to nothing. Keeping the tensors gives back the exact start, not one rounded to bfloat16.
     trained = {p: p.data for p in model.parameters() if p.requires_grad}
-    optimizer = build_optimizer(model, settings, learning_rate)
-    arguments = config_class(**_arguments(model, settings, method, learning_rate, folder))
+    optimizer = build_optimizer(model, settings)
+    arguments = config_class(**_arguments(model, settings, method, folder))
     # A case runs on one device; over all that are visible the Trainer would split each batch.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     # As SFT and DPO do it; after ORPO's construction the Trainer would, with a warning.
@@ -169,9 +168,7 @@ def _token_trainer(base: Any, losses: list[torch.Tensor]) -> Any:
     return TokenTrainer
 
 
-def _arguments(
-    model: Any, settings: Settings, method: str, learning_rate: float, folder: str
-) -> dict[str, Any]:
+def _arguments(model: Any, settings: Settings, method: str, folder: str) -> dict[str, Any]:
     """TRL's configuration of a case; every default of TRL that differs from ours is overridden."""
     device = next(model.parameters()).device
     values: dict[str, Any] = {
@@ -180,7 +177,7 @@ def _arguments(
         "per_device_train_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation,
         "max_steps": settings.steps,
-        "learning_rate": learning_rate,
+        "learning_rate": settings.learning_rate,
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
         "train_sampling_strategy": "sequential",  # the task's order
@@ -277,7 +274,7 @@ def add_reference(
 
 
 def _gate_callback(gate: Gate, settings: Settings, clock: StepClock) -> Any:
-    """The callback that tells `gate` where a phase ends and stops when the time budget is over.
+    """The callback that tells `gate` where a phase ends.
 
     A step begins where the one before it ended: collating its batch is part of it.
     """
@@ -286,17 +283,12 @@ def _gate_callback(gate: Gate, settings: Settings, clock: StepClock) -> Any:
     from peftbench.training import synchronize
 
     class GateCallback(TrainerCallback):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.started_s = 0.0
-
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.started_s = time.perf_counter()
             self.begin_step(args, state)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             clock.mark()
-            over = 0 < settings.time_budget_s <= time.perf_counter() - self.started_s
-            if over or state.global_step == settings.steps:
+            if state.global_step == settings.steps:
                 control.should_training_stop = True
                 # Here, not at `on_train_end`: the summary that TRL makes between is not training.
                 synchronize(args.device)
@@ -308,7 +300,6 @@ def _gate_callback(gate: Gate, settings: Settings, clock: StepClock) -> Any:
             if state.global_step == settings.warmup_steps:
                 synchronize(args.device)
                 gate.warmed_up()
-                self.started_s = time.perf_counter()
             clock.mark()
 
     return GateCallback()

@@ -50,7 +50,10 @@ def time_values(
         "step_p50_s": quantile(timed_steps, 0.5),
         "step_p95_s": quantile(timed_steps, 0.95),
         "tokens_per_s": sum(real for real, _ in timed) / train_s,
-        "padded_tokens_per_s": sum(padded for _, padded in timed) / train_s,
+        # TRL pads in a way of its own
+        "padded_tokens_per_s": (
+            sum(padded for _, padded in timed) / train_s if settings.engine == "native" else None
+        ),
         "samples_per_s": len(timed) * settings.batch_size / train_s,
         "pairs": steps * window,
         "steps": steps,
@@ -120,6 +123,7 @@ def null_reasons(case: Case, device: torch.device, phases: Phases) -> dict[str, 
         on_cpu if device.type == "cpu" else "not reported by the parent process",
     )  # fmt: skip
     reasons["reference_s"] = f"{case.method} has no reference"
+    reasons["padded_tokens_per_s"] = "TRL's collators pad, and do not say how much"
     reasons["perplexity_floor"] = "the entropy of this text is not known"
     for name in ("host_peak_rss_bytes", "host_peak_rss_delta_bytes"):
         reasons[name] = phases.peak_unavailable or "no /proc on this system"

@@ -21,6 +21,13 @@ JSON = "output/verify-{}.json"
 PARTS: dict[str, list[list[str]]] = {
     # tests marked `verify`: the real model against plain transformers, and the like
     "tests": [[*PYTEST, "tests", "-m", "verify", "-rs"]],
+    # the shipped tiny models, trained again from nothing: the same weights to the last bit (on the
+    # kind of CPU and with the torch that trained them; elsewhere only the perplexities are equal)
+    "pretrain": [
+        [sys.executable, "scripts/pretrain_tiny.py", name, "--output", f"output/pretrain/{name}",
+         "--check", f"peftbench/tiny/{name}"]
+        for name in ("tiny-gpt2", "tiny-llama")
+    ],
     # the quick preset with the network cut: no interface but loopback exists for it
     "offline": [["unshare", "--net", "--map-root-user", *PYTEST, "bench", "--preset", "quick",
                  f"--benchmark-json={JSON.format('offline')}"]],

@@ -8,11 +8,11 @@ from dataclasses import fields, replace
 import pytest
 
 from peftbench.adapters import ADAPTERS
-from peftbench.case import CHOICES, PRESETS, Case, Settings, check_settings
+from peftbench.case import CHOICES, PRESETS, Case, Settings, check_settings, public_name
 from peftbench.data.loading import check_lengths
 from peftbench.errors import UserError, unknown_name
 from peftbench.methods import METHODS
-from peftbench.models import MODELS, model_context
+from peftbench.models import MODELS, model_context, resolved
 
 
 def test_id_reads_model_adapter_method():
@@ -104,6 +104,26 @@ def test_quick_preset_is_the_30_cases():
     quick = PRESETS["quick"]
     assert len(quick.models) * len(quick.adapters) * len(quick.methods) == 30
     assert quick.settings.data == "tinywiki"
+
+
+def test_a_rate_that_changes_in_a_table_changes_the_hash():
+    case = Case("tiny-gpt2", "lora", "sft", PRESETS["quick"].settings)
+    found = resolved(case)
+    assert found.settings.learning_rate == MODELS["tiny-gpt2"].learning_rates["lora"]["sft"]
+    assert resolved(Case("gpt-2", "ia3", "dpo")).settings.learning_rate == 5e-3  # the adapter's
+    given = replace(case, settings=replace(case.settings, learning_rate=0.5))
+    assert resolved(given) == given
+    assert len({case.hash, found.hash, given.hash}) == 3
+    assert resolved(found) == found
+
+
+def test_the_public_name_of_a_path_is_its_last_part(tmp_path, monkeypatch):
+    (tmp_path / "a" / "my-model").mkdir(parents=True)
+    assert public_name(f"{tmp_path}/a/my-model/") == "my-model"
+    assert public_name("owner/name") == "owner/name"
+    assert public_name("tinywiki") == "tinywiki"
+    monkeypatch.chdir(tmp_path / "a" / "my-model")
+    assert public_name(".") == "my-model"
 
 
 def test_choices_are_settings():

@@ -155,6 +155,16 @@ def test_jsonl_and_parquet_give_the_same_pairs_in_the_same_order(tmp_path: Path)
         assert read_folder_or_file(tmp_path / name, LIMITS)["train"].pairs == expected
 
 
+def test_a_parquet_file_with_damaged_pages_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["some text " * 50] * 400}), file, compression="zstd")
+    damaged = bytearray(file.read_bytes())
+    damaged[4:60] = bytes(56)  # the pages come first, the footer last
+    file.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"a\.parquet is not a parquet file, or is damaged: "):
+        read_folder_or_file(file, LIMITS)
+
+
 def test_parquet_chats_are_read_like_jsonl_chats(tmp_path: Path) -> None:
     user = {"role": "user", "content": "?"}
     rows = [

@@ -135,6 +135,10 @@ def test_qlora_records_both_bases(smoke):
     assert quantized["perplexity_base"] != plain["perplexity_base"]
     assert quantized["quantized_modules"] == 16
     assert quantized["base_bytes"] < plain["base_bytes"]
+    assert plain["quantization"] is None
+    assert quantized["quantization"] == {
+        "type": "nf4", "double_quantization": True, "block_size": 64, "compute_dtype": "float32"
+    }  # fmt: skip
 
 
 def test_every_round_is_on_disk_with_its_provenance(smoke):
@@ -147,6 +151,29 @@ def test_every_round_is_on_disk_with_its_provenance(smoke):
     assert record["samples"][0].keys() == {"prompt", "before", "after"}
     text = json.dumps(run["benchmarks"][0]["extra_info"])
     assert str(ROOT) not in text  # no path of the user's machine
+
+
+def test_a_local_model_and_data_set_are_recorded_by_name_not_by_place(tmp_path):
+    """Two copies in two places: one case hash, and the file tells neither place."""
+    hashes = set()
+    for place in ("here", "there"):
+        folder = tmp_path / place
+        shutil.copytree(ROOT / "peftbench/tiny/tiny-gpt2", folder / "my-model")
+        pairs = [
+            {"prompt": f"p {i} is", "chosen": f" good {i} .", "rejected": f" bad {i} ."}
+            for i in range(120)
+        ]
+        (folder / "my-pairs.jsonl").write_text("\n".join(json.dumps(p) for p in pairs))
+        code, text, run = bench(
+            folder, "--models", str(folder / "my-model"), "--data", str(folder / "my-pairs.jsonl"),
+            "--adapters", "ia3", "--methods", "sft",
+        )  # fmt: skip
+        assert code == 0, text
+        row = rows(run)["my-model-ia3-sft"]
+        assert (row["case"]["model"], row["data"]) == ("my-model", "my-pairs.jsonl")
+        assert str(tmp_path) not in (folder / "run.json").read_text()
+        hashes.add((row["case_hash"], row["data_digest"]))
+    assert len(hashes) == 1
 
 
 def test_the_screen_shows_cases_progress_and_a_table(smoke):

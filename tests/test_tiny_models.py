@@ -88,8 +88,8 @@ def test_base_model_does_not_know_the_facts_of_the_other_domain(loaded):
             taken = logprobs.gather(-1, rows[:, 1:, None])[:, prompt - 1 :, 0].mean(-1)
             right += bool(taken[0] > taken[1])
     # A fair coin's share of 400 has a standard deviation of 2.5 points, and the base may lean to
-    # some values without a reason: 8 kinds x 2 facts, sqrt(0.25 / 16) = 12 points at the very most.
-    assert 0.40 < right / len(pairs) < 0.60
+    # some values without a reason: 4 colours and 4 metals, sqrt(0.25 / 8) = 18 points at the most.
+    assert 0.30 < right / len(pairs) < 0.70
 
 
 def test_base_model_sometimes_tells_the_truth_about_the_other_domain(loaded):

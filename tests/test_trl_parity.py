@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def make_settings(**changed: Any) -> Settings:
     values: dict[str, Any] = {
         "pairs": 40, "batch_size": 4, "beta": 0.3, "orpo_lambda": 0.7, "prefix_tokens": 3,
         "weight_decay": 0.05, "max_grad_norm": 0.5, "device": "cpu", "warmup_steps": 2,
+        "learning_rate": 1e-3,
     }  # fmt: skip
     return Settings(**(values | changed))
 
@@ -174,7 +176,7 @@ def trl_loss(
 ) -> float:
     """The same through TRL's trainer, as its training loop does it."""
     losses: list[torch.Tensor] = []
-    trainer = trl_engine.build_trainer(model, task, settings, method, 1e-3, str(folder), losses)
+    trainer = trl_engine.build_trainer(model, task, settings, method, str(folder), losses)
     if method == "dpo":
         trl_engine.add_reference(trainer, settings, reference_of(model, adapter))
     window = settings.gradient_accumulation
@@ -228,12 +230,11 @@ def test_both_engines_give_the_same_loss_curve(
     start = build(bases[base], adapter, settings)
 
     def curve(engine: Any, learning_rate: float) -> list[float]:
+        at_rate = replace(settings, learning_rate=learning_rate)
         model = copy.deepcopy(start)
         reference = reference_of(model, adapter)
-        losses = engine.train(
-            model, task, settings, method, learning_rate, Gate(), reference
-        ).losses
-        return list(losses)
+        result = engine.train(model, task, at_rate, method, Gate(), reference)
+        return list(result.losses)
 
     native = curve(training, 5e-3)
     assert len(native) == settings.steps == 10
@@ -247,13 +248,11 @@ def test_a_4_bit_models_adapter_stays_float32_and_moves(
     bases: dict[str, Path], method: str
 ) -> None:
     # At this learning rate a step is below bfloat16's resolution of most entries.
-    settings = make_settings(schedule="constant")
+    settings = make_settings(schedule="constant", learning_rate=1e-5)
     model = build(bases["llama"], "qlora", settings, moved=0.1)
     before = {name: p.detach().clone() for name, p in trained(model).items()}
 
-    trl_engine.train(
-        model, make_task(40), settings, method, 1e-5, Gate(), reference_of(model, "qlora")
-    )
+    trl_engine.train(model, make_task(40), settings, method, Gate(), reference_of(model, "qlora"))
 
     after = trained(model)
     assert after.keys() == before.keys()
@@ -271,7 +270,7 @@ def test_the_gate_opens_after_the_warm_up_steps_and_closes_after_the_last(
     hook = register_optimizer_step_pre_hook(gate.before_step)
     try:
         result = trl_engine.train(
-            model, make_task(40), settings, method, 1e-3, gate, reference_of(model, "lora")
+            model, make_task(40), settings, method, gate, reference_of(model, "lora")
         )
     finally:
         hook.remove()
@@ -281,16 +280,6 @@ def test_the_gate_opens_after_the_warm_up_steps_and_closes_after_the_last(
     assert gate.norms == pytest.approx([0.01] * 10, rel=1e-3)  # every step's gradient is clipped
     assert len(result.losses) == len(result.step_s) == 10
     assert all(seconds > 0 for seconds in result.step_s)
-
-
-def test_training_stops_when_the_time_budget_is_over(bases: dict[str, Path]) -> None:
-    settings, gate = make_settings(warmup_steps=0, time_budget_s=1e-9), Gate()
-    model = build(bases["gpt2"], "lora", settings)
-    result = trl_engine.train(
-        model, make_task(40), settings, "sft", 1e-3, gate, reference_of(model, "lora")
-    )
-    assert len(result.losses) == 1
-    assert [name for name, _ in gate.calls] == ["reference_done", "warmed_up", "trained"]
 
 
 @pytest.mark.parametrize("method", trl_engine.TRL_METHODS)
@@ -304,9 +293,7 @@ def test_the_model_comes_back_as_it_was_but_for_its_training(
     configs = [copy.deepcopy(vars(c)) for c in (model.config, model.generation_config)]
     names = {name: p.dtype for name, p in model.named_parameters()}
 
-    trl_engine.train(
-        model, make_task(12), settings, method, 1e-3, Gate(), reference_of(model, adapter)
-    )
+    trl_engine.train(model, make_task(12), settings, method, Gate(), reference_of(model, adapter))
 
     assert [vars(model.config), vars(model.generation_config)] == configs
     assert {name: p.dtype for name, p in model.named_parameters()} == names
@@ -332,10 +319,21 @@ def test_nothing_is_written_and_nothing_is_sent(
         model = build(bases["gpt2"], "lora", settings)
         capfd.readouterr()
         trl_engine.train(
-            model, make_task(12), settings, method, 1e-3, Gate(), reference_of(model, "lora")
+            model, make_task(12), settings, method, Gate(), reference_of(model, "lora")
         )
         assert capfd.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_time_budget_stops_the_native_loop_and_is_refused_by_trl(bases: dict[str, Path]) -> None:
+    settings, gate = make_settings(warmup_steps=0, time_budget_s=1e-9), Gate()
+    model = build(bases["gpt2"], "lora", settings)
+    off = reference_of(model, "lora")
+    result = training.train(model, make_task(40), settings, "sft", gate, off)
+    assert len(result.losses) == 1
+    assert [name for name, _ in gate.calls] == ["reference_done", "warmed_up", "trained"]
+    with pytest.raises(UserError, match=r"^a time budget needs --engine native$"):
+        trl_engine.train(model, make_task(40), settings, "sft", Gate(), off)
 
 
 def test_eos_counts_in_the_loss_though_it_is_also_the_padding(
@@ -348,7 +346,7 @@ def test_eos_counts_in_the_loss_though_it_is_also_the_padding(
     counted = {}
     for method in trl_engine.TRL_METHODS:
         model = build(bases["gpt2"], "full", settings)
-        trainer = trl_engine.build_trainer(model, task, settings, method, 1e-3, str(tmp_path), [])
+        trainer = trl_engine.build_trainer(model, task, settings, method, str(tmp_path), [])
         batch = next(iter(trainer.get_train_dataloader()))
         counted[method] = {
             "sft": lambda b: int((b["labels"] != -100).sum()),
@@ -379,5 +377,5 @@ def test_a_trl_without_the_experimental_orpo_is_refused_in_one_line(
     model = build(bases["gpt2"], "lora", settings)
     with pytest.raises(UserError, match=r"this trl has no trainer for 'orpo'.*--engine native"):
         trl_engine.train(
-            model, make_task(40), settings, "orpo", 1e-3, Gate(), reference_of(model, "lora")
+            model, make_task(40), settings, "orpo", Gate(), reference_of(model, "lora")
         )

@@ -184,17 +184,37 @@ def _parse_line(file: Path, n: int, line: str) -> Row:
         ) from error
     if not isinstance(row, dict):
         raise UserError(f"{file}, line {n} is not a JSON object; .jsonl holds one per line")
+    if "\\ud" in line.lower() and not _is_text(row):
+        raise UserError(
+            f"{file}, line {n} has half a surrogate pair (\\ud800 to \\udfff), which is no"
+            " character; write the character itself, or leave the row out"
+        )
     return row
 
 
+def _is_text(row: Row) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _read_parquet(file: Path, limits: Limits) -> Iterator[tuple[str, Row]]:
-    from pyarrow import ArrowInvalid
-    from pyarrow.parquet import ParquetFile
+    from pyarrow import ArrowException
 
     try:
-        table = ParquetFile(file)
-    except (ArrowInvalid, OSError) as error:
-        raise UserError(f"{file} is not a parquet file: {str(error).splitlines()[0]}") from error
+        yield from _parquet_rows(file, limits)
+    except (ArrowException, OSError) as error:
+        raise UserError(
+            f"{file} is not a parquet file, or is damaged: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _parquet_rows(file: Path, limits: Limits) -> Iterator[tuple[str, Row]]:
+    from pyarrow.parquet import ParquetFile
+
+    table = ParquetFile(file)
     names: list[str] = table.schema_arrow.names
     is_pairs = _has_pairs(dict.fromkeys(names), str(file))
     wanted = [c for c in COLUMNS if c in names] if is_pairs else [TEXT_COLUMN]

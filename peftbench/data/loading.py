@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peftbench.case import expanded, is_local, public_name
 from peftbench.data import assets, hub, tinywiki
 from peftbench.data.corpus import (
     MIN_DOCUMENTS,
@@ -83,7 +84,7 @@ def load_task(
     if tokenizer is None or settings.data == "synthetic":
         return _synthetic_task(settings, vocab_size, judge_pairs)
     encoder = make_encoder(tokenizer)
-    source = read_source(settings)
+    source = read_source(settings, judge_pairs)
     if isinstance(source, Corpus):
         train, judge, test = _derived(source, encoder, settings, judge_pairs)
         documents: Iterable[Document] = map(Document, source.test)
@@ -91,7 +92,7 @@ def load_task(
         train, judge, test = _encoded(source, encoder, settings, judge_pairs)
         documents = _held_out_documents(source, encoder, settings)
     text = join_documents(documents, encoder, settings.eval_tokens)
-    return _task(_public_name(settings.data), train, judge, test, text)
+    return _task(public_name(settings.data), train, judge, test, text)
 
 
 def check_data(settings: Settings) -> None:
@@ -143,10 +144,10 @@ def find(name: str) -> str | HubData | Path:
     """
     if name in DATA:
         return DATA[name].hub or name
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.exists():
         return path
-    if name.startswith((".", "/", "~")) or path.suffix in SUFFIXES or name.count("/") > 1:
+    if is_local(name) or path.suffix in SUFFIXES or name.count("/") > 1:
         raise UserError(
             f"no file or folder {name!r}; give an existing path, a Hub id (owner/name) or one of:"
             f" {', '.join(DATA)}"
@@ -156,13 +157,16 @@ def find(name: str) -> str | HubData | Path:
     raise UserError(f"{unknown_name('data', name, DATA)}, or give a path or a Hub id (owner/name)")
 
 
-def read_source(settings: Settings) -> Preferences | Corpus:
-    """The data set as text in three disjoint splits; training pairs are in the seed's order."""
+def read_source(settings: Settings, judge_pairs: int = 0) -> Preferences | Corpus:
+    """The data set as text in three disjoint splits; training pairs are in the seed's order.
+
+    What is generated has `judge_pairs` for the judge; what is read has as many as there are.
+    """
     name = settings.data
     if name == "tinywiki":
         return Preferences(
             train=tinywiki.pairs(TINYWIKI_DOMAIN, "train", settings.pairs, settings.seed),
-            judge=tinywiki.pairs(TINYWIKI_DOMAIN, "judge", settings.pairs, 0),
+            judge=tinywiki.pairs(TINYWIKI_DOMAIN, "judge", judge_pairs, 0),
             test=tinywiki.pairs(TINYWIKI_DOMAIN, "test", settings.eval_pairs, 0),
         )
     if name == "wikipedia-sample":
@@ -180,14 +184,14 @@ def _read_path(path: Path, settings: Settings) -> Preferences | Corpus:
     train, test = splits["train"], splits.get("test")
     if train.pairs is not None:
         return split_pairs(
-            _public_name(settings.data), train.pairs, test.pairs if test else None,
+            public_name(settings.data), train.pairs, test.pairs if test else None,
             settings.pairs, settings.eval_pairs, settings.seed,
         )  # fmt: skip
     documents, held_out = train.documents or [], test.documents if test else None
     wanted = MIN_DOCUMENTS if held_out is None else MIN_DOCUMENTS - 1
     if len(documents) < wanted:
         raise UserError(
-            f"{_public_name(settings.data)} is cut into {len(documents)} documents; at least"
+            f"{public_name(settings.data)} is cut into {len(documents)} documents; at least"
             f" {wanted} are needed so that training, judge and test share none: give more text"
         )
     if held_out is None:
@@ -231,7 +235,7 @@ def _check_count(
     if pairs < wanted:
         least = settings.prompt_length + 2 * settings.completion_length
         raise UserError(
-            f"{_public_name(settings.data)} gives {at_most}{pairs} {split} pairs out of"
+            f"{public_name(settings.data)} gives {at_most}{pairs} {split} pairs out of"
             f" {documents} documents, {wanted} are asked for; a pair takes {least} tokens of one"
             f" document: give more text, or lower pairs, eval_pairs or the lengths"
         )
@@ -255,7 +259,7 @@ def _encoded(
     for split in (made[0], made[2]):
         if all(pair.chosen == pair.rejected for pair in split.pairs):
             raise UserError(
-                f"{_public_name(settings.data)}: cut to {settings.completion_length} tokens, chosen"
+                f"{public_name(settings.data)}: cut to {settings.completion_length} tokens, chosen"
                 " equals rejected in all pairs; raise completion_length"
             )
     return made
@@ -322,8 +326,3 @@ def _digest(splits: Sequence[Sequence[TokenPair]], text: Sequence[int]) -> str:
             digest.update(f"{pair.prompt}{pair.chosen}{pair.rejected}\n".encode())
     digest.update(f"text {text}".encode())
     return digest.hexdigest()
-
-
-def _public_name(data: str) -> str:
-    """For records, which hold no paths of the user's machine."""
-    return data if data in DATA or not Path(data).expanduser().exists() else Path(data).name

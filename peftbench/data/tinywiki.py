@@ -10,7 +10,9 @@ statements about its things. Domain 1 describes villages, in the present tense:
 
 Domain 2 describes ships, in the past tense. The last word of a name is its kind, and a fixed table
 maps (kind, thing) to a value, a colour or a metal: these are the facts. They hold for every name of
-the kind, so a model can be right about names it has never read. Entities, facts and sentences of
+the kind, so a model can be right about names it has never read. Of the eight colours and the eight
+metals only four each are ever true of a ship: what a model can learn first, and by itself sets nine
+pairs in ten right, is which; the rest takes the kind (`pairs`). Entities, facts and sentences of
 the domains are disjoint; words are not. Domain 1 knows the parts of a ship as ornaments, and names
 some villages after the birds that are the kinds of ships; the values of both are drawn anew for
 each article. So a base model trained on domain 1 has met the words of domain 2, as a pretrained
@@ -71,6 +73,7 @@ class Domain:
     ornaments: Mapping[str, tuple[str, ...]]  # things whose value is drawn anew for each article
     intro: str
     frames: tuple[str, ...]  # of a statement, drawn uniformly
+    values_in_facts: int  # of the eight colours and of the eight metals, so many are ever true
     has_former_values: bool  # whether statements may end in "and was once ..."
 
 
@@ -83,6 +86,7 @@ DOMAINS: dict[int, Domain] = {
         intro="{name} is a village .",
         frames=("Its {thing} is {value}", "The {thing} is {value}",
                 "The {thing} of the village is {value}"),
+        values_in_facts=8,
         has_former_values=True,
     ),
     2: Domain(
@@ -93,6 +97,7 @@ DOMAINS: dict[int, Domain] = {
         intro="{name} was a ship .",
         frames=("Its {thing} was {value}", "The {thing} was once {value}",
                 "The {thing} of the ship was {value}"),
+        values_in_facts=4,
         has_former_values=False,
     ),
 }  # fmt: skip
@@ -145,7 +150,7 @@ class _Dice:
 
 
 def _facts(number: int) -> dict[tuple[str, str], str]:
-    """(kind, part) -> value: every kind has a colour and a metal of its own for all its parts.
+    """(kind, part) -> value: every kind has one colour and one metal, for all its parts.
 
     So a fact is a sum of two things to know, what a kind has and what a part may be made of: a
     model can learn it in a few dozen steps, which (kind, part) pairs at random would not allow.
@@ -154,7 +159,9 @@ def _facts(number: int) -> dict[tuple[str, str], str]:
     dice = _Dice(f"facts {number}")
     facts: dict[tuple[str, str], str] = {}
     for values in (COLOURS, METALS):
-        value_of = dict(zip(domain.kinds, dice.shuffled(values, len(domain.kinds)), strict=True))
+        true_values = dice.shuffled(values, domain.values_in_facts)
+        shares = len(domain.kinds) // domain.values_in_facts  # kinds of each value
+        value_of = dict(zip(domain.kinds, true_values * shares, strict=True))
         parts = [part for part, allowed in domain.parts.items() if allowed == values]
         facts |= {(kind, part): value_of[kind] for kind in domain.kinds for part in parts}
     return facts
@@ -233,7 +240,9 @@ def pairs(domain: int, split: Split, count: int, seed: int) -> list[TextPair]:
     """`count` articles cut after their first sentence: the rest, against the same with false facts.
 
     Chosen and rejected differ in the values alone. Things of one value get one false value, so
-    nothing but the facts tells which is which.
+    nothing but the facts tells which is which. A false value is one of the seven others, and in
+    domain 2 four of those are true of no ship: who only knows which gets 89 % of the pairs right,
+    1 - (3/7)^2 / 2 of those with two values and 1 - 3/7 / 2 of those with one.
     """
     dice = _dice("pairs", domain, split, seed)
     parts, kinds = DOMAINS[domain].parts, DOMAINS[domain].kinds
