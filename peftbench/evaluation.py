@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftbench.batches import collate, completion_logprobs, token_logprobs
+from peftbench.batches import collate, completion_logprobs, last_columns, token_logprobs
 from peftbench.data.task import TokenPair, TokenTask
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ def score_text(
     for group in _equal_shapes(text_windows(len(tokens), context, stride), batch_size):
         rows = torch.stack([ids[start:end] for start, end, _ in group])
         scored = group[0][1] - group[0][2]
-        logits = model(input_ids=rows, logits_to_keep=scored + 1, use_cache=False).logits
+        keep = last_columns(rows, scored + 1)
+        logits = model(input_ids=rows, logits_to_keep=keep, use_cache=False).logits
         logits = logits[:, -(scored + 1) : -1]
         labels = rows[:, -scored:]
         nll += [float(x) for x in -token_logprobs(logits, labels).double().sum(-1)]

@@ -62,6 +62,8 @@ MODELS: dict[str, ModelRow] = {
     ),
     "smollm2-135m-instruct-q4": ModelRow(
         "asset", "smollm2-135m-instruct-q4",
+        # of 64 steps on query and value alone; 4e-3 diverges with DPO
+        learning_rates={a: {"dpo": 2e-3, "orpo": 3e-3} for a in ("lora", "qlora")},
         about="SmolLM2-135M-Instruct dequantised from Q4_1, out of a PyPI wheel; its figures are"
         " not the original's",
         config={
