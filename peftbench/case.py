@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ class Settings:
     device: str = "auto"  # auto: cuda when there is one, else cpu
     dtype: str = "float32"  # of frozen weights and of the compute; what trains is always float32
     threads: int = 0  # CPU threads of the training process; 0: all cores
+    gpu_memory_limit_bytes: int = 0  # train as if the GPU had no more than this; 0: all of it
+    host_memory_limit_bytes: int = 0  # address space that a round may add to its imports'; 0: any
     # what is trained
     weights: str = (
         "pretrained"  # random: built from the config, seeded; quality is then not measured
@@ -108,7 +111,9 @@ def check_settings(settings: Settings) -> None:
         value = getattr(settings, name)
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
-    for name in ("warmup_steps", "threads", "seed"):
+    for name in (
+        "warmup_steps", "threads", "seed", "gpu_memory_limit_bytes", "host_memory_limit_bytes"
+    ):  # fmt: skip
         value = getattr(settings, name)
         if value < 0:
             raise UserError(f"{name} is {value}; it must not be negative")
@@ -186,6 +191,18 @@ class Case:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Case:
         return cls(data["model"], data["adapter"], data["method"], Settings(**data["settings"]))
+
+
+def parse_bytes(text: str) -> int:
+    """`24GiB`, `800MiB`, `1.5 GiB` or a plain number of bytes.
+
+    Raises: ValueError for anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)?", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size; write for example 24GiB or 800MiB")
+    power = ("B", "KiB", "MiB", "GiB", "TiB").index(match[2] or "B")
+    return round(float(match[1]) * (1 << 10 * power))
 
 
 def public_name(name: str) -> str:

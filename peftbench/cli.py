@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from pathlib import Path
+from typing import Any
 
-from peftbench import __version__
+from peftbench import __version__, provenance
 from peftbench.adapters import ADAPTERS
 from peftbench.case import PRESETS
 from peftbench.data import assets
 from peftbench.data.loading import DATA
 from peftbench.errors import UserError, unknown_name
+from peftbench.hub import hub_token
 from peftbench.methods import METHODS
 from peftbench.models import MODELS
+from peftbench.record import dumps
+from peftbench.show import (
+    commit_text,
+    find_row,
+    overview_lines,
+    read_rows,
+    record_lines,
+)
 from peftbench.summary import table
+
+NO_NVML = "nvidia-ml-py is not installed, so the driver cannot be asked: pip install nvidia-ml-py"
+DRIVER_STEP = "install the NVIDIA driver, or give the container the GPU (docker run --gpus all)"
+GPU_FACTS = {
+    "driver_version": "driver {}",
+    "cuda_driver_version": "CUDA up to {}",
+    "power_limit_w": "at most {:g} W",
+    "mig": "MIG {}",
+    "uuid": "{}",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,6 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"peftbench {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="models, adapters, methods, data and presets by name")
+    env = commands.add_parser("env", help="code, libraries and machine, and what a GPU run needs")
+    env.add_argument("--json", action="store_true", help="as a dictionary, for a bug report")
+    show = commands.add_parser("show", help="a result file: all its cases, or one in full")
+    show.add_argument("file", metavar="FILE", type=Path, help="a JSON that `pytest bench` wrote")
+    show.add_argument("case", metavar="CASE", nargs="?", help="an id, or a part of one")
     asset = commands.add_parser("assets", help="the real model and text that presets use offline")
     actions = asset.add_subparsers(dest="action", required=True)
     fetch = actions.add_parser("fetch", help="download, check and keep them in the cache")
@@ -62,11 +89,136 @@ def fetch_assets(names: list[str]) -> None:
         print(f"{name}: {assets.fetch(name)}")
 
 
+def environment() -> dict[str, Any]:
+    """Provenance of this machine, its GPUs, and what a GPU run still needs. Holds no secret.
+
+    `gpus` has what the driver says of each GPU that a run would see; `gpu_note` says why there is
+    none, or why they may be more than a run would see.
+    """
+    found = provenance.describe()
+    gpus, note = _gpus() if "nvidia-ml-py" in found["libraries"] else ([], NO_NVML)
+    found |= {"gpus": gpus, "gpu_note": note, "hub_token_set": hub_token() is not None}
+    return found | {"missing_for_gpu": missing_for_gpu(found)}
+
+
+def _gpus() -> tuple[list[dict[str, Any]], str | None]:
+    from peftbench.measuring.nvml import open_devices  # only `env` asks the driver
+
+    devices, note = open_devices(
+        os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("CUDA_DEVICE_ORDER")
+    )
+    return [device.info() for device in devices], note
+
+
+def missing_for_gpu(found: dict[str, Any]) -> list[str]:
+    """What keeps GPU runs from working, each with the next step."""
+    missing = []
+    if "torch" not in found["libraries"]:
+        missing.append("torch is not installed: take a CUDA build, https://pytorch.org")
+    elif found["torch_cuda"] is None:
+        missing.append("torch is a CPU build: install a CUDA build, https://pytorch.org")
+    if not found["gpus"]:
+        step = f"; {DRIVER_STEP}" if found["gpu_note"].startswith("NVML") else ""
+        missing.append(f"no GPU is to be seen: {found['gpu_note']}{step}")
+    if "bitsandbytes" not in found["libraries"]:
+        missing.append("bitsandbytes is missing, which qlora needs: pip install bitsandbytes")
+    if not found["hub_token_set"]:
+        missing.append(
+            "no Hub token is set, which gated models (llama-7b) need: accept the licence on the"
+            " Hub and set HF_TOKEN, or use --weights random"
+        )
+    return missing
+
+
+def environment_lines(found: dict[str, Any]) -> list[str]:
+    """`environment()` in groups, as a person reads it."""
+    container = found["container_image"] or ("yes" if found["in_container"] else "no")
+    gpus = [[str(gpu["name"]), _gpu_text(gpu)] for gpu in found["gpus"]]
+    note = [["note" if gpus else "none", found["gpu_note"]]] if found["gpu_note"] else []
+    groups = {
+        "peftbench": [
+            ["version", found["peftbench"]],
+            ["code", commit_text(found["commit"], found["commit_dirty"])],
+        ],
+        "python and platform": [
+            ["python", found["python"]],
+            ["platform", found["platform"]],
+            ["container", container],
+        ],
+        "libraries": [[name, _library_text(found, name)] for name in provenance.LIBRARIES],
+        "CPU and memory": [
+            ["cpu", found["cpu"]],
+            ["cores", _cores_text(found)],
+            ["memory", _memory_text(found)],
+            *([name, value] for name, value in found["environment"].items()),
+        ],
+        "GPU": [*gpus, *note],
+        "Hub": [["token", "set" if found["hub_token_set"] else "not set"]],
+    }
+    lines = []
+    for title, rows in groups.items():
+        width = max(len(name) for name, _ in rows)
+        lines += [title, *(f"  {name:<{width}}  {text}".rstrip() for name, text in rows), ""]
+    missing = found["missing_for_gpu"]
+    if missing:
+        return [*lines, "missing for GPU runs", *(f"  - {sentence}" for sentence in missing)]
+    return [*lines, "nothing is missing for GPU runs"]
+
+
+def _library_text(found: dict[str, Any], name: str) -> str:
+    if name not in found["libraries"]:
+        return "not installed"
+    parts = [found["libraries"][name]]
+    if name == "torch":
+        parts.append(f"CUDA {found['torch_cuda']}" if found["torch_cuda"] else "CPU build")
+    origin = found["library_commits"].get(name)
+    if origin is not None:
+        parts.append(commit_text(origin["commit"], origin["dirty"]))
+        parts += [origin["repository"]] if origin["repository"] else []
+    return ", ".join(parts)
+
+
+def _gpu_text(info: dict[str, Any]) -> str:
+    total = info["total_bytes"]
+    memory = [] if total is None else [f"{total / 2**30:.1f} GiB"]
+    known = {key: value for key, value in info.items() if value is not None}
+    return ", ".join([*memory, *(GPU_FACTS[k].format(known[k]) for k in GPU_FACTS if k in known)])
+
+
+def _cores_text(found: dict[str, Any]) -> str:
+    text = f"{found['cpu_cores_available']} of {found['cpu_cores']} available"
+    quota = found["cpu_quota_cores"]
+    return text if quota is None else f"{text}, limited to the time of {quota:g}"
+
+
+def _memory_text(found: dict[str, Any]) -> str:
+    total, limit = found["memory_bytes"], found["memory_limit_bytes"]
+    text = "unknown" if total is None else f"{total / 2**30:.1f} GiB"
+    return text if limit is None else f"{text}, limited to {limit / 2**30:.1f} GiB"
+
+
+def show_environment(*, as_json: bool) -> None:
+    found = environment()
+    print(dumps(found) if as_json else "\n".join(environment_lines(found)))
+
+
+def show_file(path: Path, case: str | None) -> None:
+    rows = read_rows(path)
+    lines = overview_lines(rows) if case is None else record_lines(find_row(rows, case))
+    # samples are in any script, and not every terminal can show it
+    encoding = sys.stdout.encoding or "utf-8"
+    print("\n".join(lines).encode(encoding, "replace").decode(encoding))
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         if options.command == "list":
             list_tables()
+        elif options.command == "env":
+            show_environment(as_json=options.json)
+        elif options.command == "show":
+            show_file(options.file, options.case)
         elif options.action == "fetch":
             fetch_assets(options.names)
         else:

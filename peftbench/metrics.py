@@ -36,6 +36,7 @@ METRICS: dict[str, Metric] = {
     "first_step_s": Metric("s", "lower", "noisy", 0.05, "Wall time of the very first optimiser step, where kernels are chosen and memory is taken."),
     "step_p50_s": Metric("s", "lower", "noisy", 0.03, "Median wall time of an optimiser step after the warm-up."),
     "step_p95_s": Metric("s", "lower", "noisy", 0.05, "95th percentile of the wall time of an optimiser step after the warm-up."),
+    "step_max_s": Metric("s", "lower", "info", 0.0, "Longest wall time of an optimiser step after the warm-up."),
     "import_s": Metric("s", "lower", "info", 0.0, "Wall time to import what the case needs and the fork server has not loaded yet."),
     "load_s": Metric("s", "lower", "noisy", 0.05, "Wall time to bring the weights onto the device, quantised where the adapter asks for it."),
     "attach_s": Metric("s", "lower", "noisy", 0.05, "Wall time to attach the adapter."),
@@ -46,11 +47,19 @@ METRICS: dict[str, Metric] = {
     "warmup_s": Metric("s", "lower", "noisy", 0.05, "Wall time of the first `warmup_steps` optimiser steps and of building the optimiser."),
     "evaluate_s": Metric("s", "lower", "noisy", 0.05, "Wall time of the evaluation after training; the base is scored once per session, outside the cases."),
     "compare_s": Metric("s", "none", "info", 0.0, "Wall time to compare the trained model with its base (KL, moved entries); `full` loads the base anew for it."),
+    "count_s": Metric("s", "none", "info", 0.0, "Wall time to count the operations of one micro-batch, after everything else is measured."),
     "save_s": Metric("s", "lower", "noisy", 0.05, "Wall time to write the adapter to disk."),
+    "between_phases_s": Metric("s", "none", "info", 0.0, "Wall time between the phases, in which garbage is collected and peaks are reset."),
     "total_s": Metric("s", "lower", "noisy", 0.05, "Sum of all phases of the round; the wait between warm-up and the go is no phase."),
     "tokens_per_s": Metric("tokens/s", "higher", "derived", 0.03, "Non-padding tokens that the policy read in the training window, divided by the time of the same window."),
     "padded_tokens_per_s": Metric("tokens/s", "higher", "derived", 0.03, "The same with padding counted."),
     "samples_per_s": Metric("pairs/s", "higher", "derived", 0.03, "Pairs of the training window divided by its time."),
+    "train_flops": Metric("FLOP", "none", "tight", 0.001, "Operations of matrix products and attention, forward and backward, in the training window: counted on the first micro-batch, scaled by padded tokens."),
+    "flops_per_s": Metric("FLOP/s", "higher", "derived", 0.03, "train_flops / train_s."),
+    "mfu_ratio": Metric("ratio", "higher", "derived", 0.03, "flops_per_s over the device's rate in one large matrix product of the compute dtype, timed at the session's start."),
+    "other_cpu_ratio": Metric("ratio", "none", "info", 0.0, "CPU time that other processes took during the training window, over its time on all cores."),
+    "energy_j": Metric("J", "lower", "noisy", 0.05, "Energy of the training window: of the GPU (its counter, else integrated power), on a CPU run of the processor packages."),
+    "energy_per_token_j": Metric("J", "lower", "derived", 0.05, "energy_j over the non-padding tokens of the training window."),
     # memory
     "peak_gpu_memory_bytes": Metric("bytes", "lower", "tight", 0.02, "Highest GPU memory that NVML reports while training (reference, warm-up and training phases): the process's own, else the device's growth."),
     "nvml_process_peak_bytes": Metric("bytes", "lower", "tight", 0.02, "Highest memory NVML reports for the training process, over the same phases."),
@@ -59,6 +68,9 @@ METRICS: dict[str, Metric] = {
     "torch_peak_reserved_bytes": Metric("bytes", "lower", "tight", 0.005, "Highest bytes reserved by torch's CUDA allocator, over the same phases."),
     "host_peak_rss_bytes": Metric("bytes", "lower", "tight", 0.02, "The kernel's high-water mark of the process's resident memory, over the same phases."),
     "host_peak_rss_delta_bytes": Metric("bytes", "lower", "tight", 0.02, "The same minus the resident memory after the imports: the headline on a CPU."),
+    "param_bytes": Metric("bytes", "lower", "exact", 0.0, "Bytes of all parameters as held in memory after training, the adapter's included; accounted, not sampled."),
+    "grad_bytes": Metric("bytes", "lower", "exact", 0.0, "Bytes of all gradients after a backward pass; accounted."),
+    "optimizer_state_bytes": Metric("bytes", "lower", "exact", 0.0, "Bytes of the optimiser's state after the last step; accounted."),
     # parameters and storage
     "total_params": Metric("parameters", "none", "exact", 0.0, "Parameters of the model with its adapter; a 4-bit weight counts its entries, not its bytes."),
     "trainable_params": Metric("parameters", "lower", "exact", 0.0, "Parameters that require a gradient; checked again after training and evaluation."),
@@ -102,7 +114,7 @@ METRICS: dict[str, Metric] = {
 
 PHASES: tuple[str, ...] = (
     "import", "load", "attach", "data", "check", "prepare", "reference", "warmup", "train",
-    "evaluate", "compare", "save",
+    "evaluate", "compare", "save", "count",
 )  # fmt: skip
 """The phases of a round, in order. `reference` has no time where the method needs none."""
 

@@ -254,8 +254,8 @@ def weights_hash(model: str, weights: str, seed: int) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def base_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the model's parameters as stored; 4-bit ones with their scales. Before attaching."""
+def parameter_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the model's parameters as stored; 4-bit ones with their scales."""
     from peftbench.quantization import storage_bytes
 
     return sum(storage_bytes(parameter) for parameter in model.parameters())

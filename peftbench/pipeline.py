@@ -2,7 +2,7 @@
 
     pytest (plugin.py)  ->  one fresh child process per round (worker.py)  ->  run_round, below:
     import -> load -> attach -> data -> check -> prepare -> reference -> warm up -> [go] -> train
-    -> evaluate -> compare -> save
+    -> evaluate -> compare -> save -> count
 
 The parent process collects, shows progress and writes files; it never imports torch. The child
 does everything on this page and sends back one plain dictionary, the round's record.
@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,8 +28,12 @@ from peftbench.batches import collate, completion_logprobs, forward_logits
 from peftbench.case import Case, Settings
 from peftbench.data.loading import load_task
 from peftbench.data.task import TokenTask
+from peftbench.errors import UserError
 from peftbench.evaluation import Quality
+from peftbench.measuring import host
+from peftbench.measuring.flops import count_flops
 from peftbench.measuring.phases import Phases
+from peftbench.measuring.sentinels import time_sentinels
 from peftbench.methods import METHODS
 from peftbench.quantization import layers_4bit, quantization_of
 from peftbench.record import FORMAT, measured
@@ -74,12 +78,17 @@ class Gate:
 
 
 def run_round(
-    case: Case, base: Quality | None, unquantized_base: Quality | None, parent: Parent
+    case: Case,
+    base: Quality | None,
+    unquantized_base: Quality | None,
+    peak_flops_per_s: float | None,
+    parent: Parent,
 ) -> dict[str, Any]:
     """Run one round of a case in this process and return its record.
 
     `base` is what the untrained model scores on the same held-out data (`score_base`), and
     `unquantized_base` the same before quantisation; both None when quality is not measured.
+    `peak_flops_per_s` is the device's rate in one large matrix product (`time_sentinels`).
     """
     case = models.resolved(case)
     settings, start_unix_s = case.settings, time.time()
@@ -92,7 +101,7 @@ def run_round(
 
     phases.enter("load")
     model = load(case, device, quantize=adapters.ADAPTERS[case.adapter].quantizes_base)
-    base_bytes, quantized = models.base_bytes(model), len(layers_4bit(model))
+    base_bytes, quantized = models.parameter_bytes(model), len(layers_4bit(model))
     quantization = quantization_of(model)
 
     phases.enter("attach")
@@ -136,7 +145,12 @@ def run_round(
     phases.enter("save")
     with tempfile.TemporaryDirectory(prefix="peftbench-") as folder:
         adapter_bytes = adapters.save_adapter(model, Path(folder))
+
+    phases.enter("count")
+    # At the very end: it takes as much memory and time as a step, and moves no number.
+    flops = first_batch_flops(model, case, task)
     phases.leave()
+    phases.check_sum()
 
     if adapters.trainable_names(model) != before:
         raise RuntimeError("the set of trainable parameters changed during the round")
@@ -146,6 +160,9 @@ def run_round(
         "trainable_params": trainable_params,
         "trainable_ratio": trainable_params / total_params,
         "adapter_bytes": adapter_bytes,
+        "param_bytes": models.parameter_bytes(model),
+        "grad_bytes": training.grad_bytes,
+        "optimizer_state_bytes": training.optimizer_state_bytes,
         "base_bytes": base_bytes,
         "quantized_modules": quantized,
         "moved_ratio": moved,
@@ -155,6 +172,7 @@ def run_round(
         "truncated_completions": task.truncated_completions,
         **values.loss_values(training),
         **values.time_values(phases, training, case, task),
+        **values.work_values(phases, case, task, len(training.step_s), flops, peak_flops_per_s),
         **values.memory_values(phases),
         **values.quality_values(quality, base, unquantized_base, task, settings),
         "kl_to_base_nats_per_token": kl,
@@ -167,8 +185,11 @@ def run_round(
         "case": case.public().to_dict(),
         "seed": settings.seed,
         "start_unix_s": start_unix_s,
-        **measured(numbers, values.null_reasons(case, device, phases)),
+        **measured(numbers, values.null_reasons(case, device, phases, peak_flops_per_s)),
+        "disturbances": values.disturbances(phases, device),
         "device": device_name(device),
+        "device_uuid": device_uuid(device),
+        "emulated_gpu_memory_bytes": settings.gpu_memory_limit_bytes or None,
         "threads": torch.get_num_threads(),
         "adapter_dtype": ", ".join(
             sorted(
@@ -210,9 +231,38 @@ def prepare_process(settings: Settings) -> torch.device:
     torch.set_num_threads(settings.threads or available_cores())
     torch.manual_seed(settings.seed)
     if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
+        limit_host_memory(settings.host_memory_limit_bytes)
         return torch.device("cpu")
     torch.cuda.init()  # type: ignore[no-untyped-call]  # the memory counters are read before anything is put on the device
-    return torch.device("cuda:0")
+    device = torch.device("cuda:0")
+    if settings.gpu_memory_limit_bytes > 0:
+        total = torch.cuda.get_device_properties(device).total_memory
+        fraction = settings.gpu_memory_limit_bytes / total
+        if fraction > 1:
+            raise UserError(
+                f"gpu_memory_limit is {settings.gpu_memory_limit_bytes} bytes, but the device has"
+                f" {total}; give less"
+            )
+        torch.cuda.set_per_process_memory_fraction(fraction, device)
+    return device
+
+
+def limit_host_memory(limit_bytes: int) -> None:
+    """Let the address space grow by so much from here; 0 sets no limit.
+
+    The thread pool is started first: where its stacks no longer fit, the OpenMP library ends the
+    process without a word.
+    """
+    if limit_bytes == 0:
+        return
+    import resource
+
+    torch.ones(256, 256).mm(torch.ones(256, 256))
+    now_bytes = host.address_space_bytes()
+    if now_bytes is None:
+        raise UserError("host_memory_limit needs Linux: this system does not tell a process's size")
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now_bytes + limit_bytes, hard))
 
 
 def available_cores() -> int:
@@ -301,6 +351,42 @@ def touched_rows(model: Any, task: TokenTask, sides: str) -> dict[str, torch.Ten
     return rows
 
 
+def first_batch_flops(model: Any, case: Case, task: TokenTask) -> int | None:
+    """Operations of the native loss over the first micro-batch, forward and backward.
+
+    None where the GPU's memory no longer holds such a step: then all else is measured already.
+    """
+    from peftbench.training import batch_loss
+
+    settings, row = case.settings, METHODS[case.method]
+    one = replace(settings, gradient_accumulation=1)
+    device = next(model.parameters()).device
+    pairs = task.train[: settings.batch_size]
+    batch = collate(pairs, row.sides, device)
+    bf16 = settings.dtype == "bfloat16"
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = batch_loss(
+                model, batch, case.method, one,
+                window_tokens=sum(len(pair.chosen) for pair in pairs),
+                reference=torch.zeros(settings.batch_size, device=device),
+            )  # fmt: skip
+        torch.autograd.backward(loss)
+
+    try:
+        return count_flops(step)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def time_machine(case: Case, parent: Parent) -> dict[str, Any]:
+    """The case's device and its sentinels: what it does now, whatever is trained on it."""
+    device = prepare_process(case.settings)
+    parent.phase("sentinels")
+    return {"device": device_name(device), **time_sentinels(device)}
+
+
 def kl_of(model: Any, fresh_base: Any, quality: Quality, task: TokenTask, case: Case) -> float:
     """KL to the base on the policy's own samples; `full` is compared with a base loaded anew."""
     device = next(model.parameters()).device
@@ -311,6 +397,11 @@ def kl_of(model: Any, fresh_base: Any, quality: Quality, task: TokenTask, case: 
             base_model = model if fresh_base is None else fresh_base.eval()
             base = completion_logprobs(base_model, batch)
     return evaluation.kl_to_base(policy, base, batch.completion_mask)
+
+
+def device_uuid(device: torch.device) -> str | None:
+    """By which NVML can find it: an index would mean another device there."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
 def device_name(device: torch.device) -> str:

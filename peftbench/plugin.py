@@ -5,6 +5,7 @@ Loaded in every pytest session of an environment that has peftbench, so it impor
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from peftbench.adapters import ADAPTERS
-from peftbench.case import CHOICES, PRESETS, Case, Preset, Settings, check_settings
+from peftbench.case import CHOICES, PRESETS, Case, Preset, Settings, check_settings, parse_bytes
 from peftbench.data import assets
 from peftbench.data.loading import check_data, check_lengths
 from peftbench.errors import UserError, unknown_name
@@ -23,11 +24,11 @@ from peftbench.methods import METHODS
 from peftbench.metrics import METRICS
 from peftbench.models import check_model, find_model, model_context, resolved
 from peftbench.progress import Progress
+from peftbench.provenance import torch_cuda_version
 from peftbench.record import FORMAT, dumps, write_atomically
 from peftbench.session import Session, run_case
 from peftbench.summary import summary_lines
 from peftbench.trl_engine import check_trl
-from peftbench.worker import torch_has_cuda
 
 # By the strings that a test's parameters are: the model's public name, the adapter, the method.
 Cases = dict[tuple[str, str, str], Case]
@@ -39,6 +40,8 @@ HELP = {
     "engine": "native: one loop for all methods; trl: the same cases through TRL's trainers",
     "data": "tinywiki, wikipedia-sample, wikitext-2, wikitext-103, a Hub data set, or a local path",
     "weights": "random: build the model from its config; quality is then not measured",
+    "gpu_memory_limit_bytes": "for example 24GiB: train as if on such a card (emulated)",
+    "host_memory_limit_bytes": "for example 8GiB: what a round may take beyond its imports",
     "pairs": "preference pairs that every method trains on",
     "time_budget_s": "stop training after so many seconds (0: the pairs are the budget)",
     "learning_rate": "one value for all cases (0: the table's, by adapter and method)",
@@ -46,7 +49,15 @@ HELP = {
 
 
 def option_name(setting: str) -> str:
-    return "--" + setting.removesuffix("_s").replace("_", "-")
+    return "--" + setting.removesuffix("_s").removesuffix("_bytes").replace("_", "-")
+
+
+def size(text: str) -> int:
+    """Of a memory option; argparse shows the sentence of an ArgumentTypeError only."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,6 +74,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--results-dir", default="output/runs", help="where each finished round is written at once"
     )
     group.addoption(
+        "--resume", metavar="RUN_ID",
+        help="go on with an interrupted run of the results folder, repeating no finished round",
+    )  # fmt: skip
+    group.addoption(
         "--case-timeout", type=float, default=7200.0, help="seconds after which a case is ended"
     )
     for setting in fields(Settings):
@@ -72,7 +87,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         if str(setting.type) in SWITCHES:
             group.addoption(name, action="store_true", default=None, dest=dest, help=text)
         else:
-            kind = SETTING_TYPES[str(setting.type)]
+            plain = SETTING_TYPES[str(setting.type)]
+            kind = size if setting.name.endswith("_bytes") else plain
             group.addoption(name, type=kind, default=None, dest=dest, help=text)
 
 
@@ -163,12 +179,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         preflight(preset, {c.model for c in chosen}, {c.adapter for c in chosen})
         refuse_other_modes(config)
         folder = writable_folder(Path(config.getoption("results_dir")))
+        ours = Session(
+            folder, Progress(len(items)), preset.rounds, config.getoption("case_timeout"),
+            config.getoption("resume"),
+        )  # fmt: skip
     except UserError as error:
         raise pytest.UsageError(str(error)) from None
-    progress = Progress(len(items))
-    config.stash[SESSION] = Session(
-        folder, progress, preset.rounds, config.getoption("case_timeout")
-    )
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=ours.clock))
+    config.stash[SESSION] = ours
 
 
 def refuse_other_modes(config: pytest.Config) -> None:
@@ -189,7 +208,7 @@ def preflight(preset: Preset, models: set[str], adapters: set[str]) -> None:
     if sys.platform == "win32":
         raise UserError("peftbench does not run on Windows itself; run it inside WSL2")
     settings = preset.settings
-    if settings.device == "cuda" and not torch_has_cuda():
+    if settings.device == "cuda" and torch_cuda_version() is None:
         raise UserError("--device cuda needs a CUDA build of torch, this one is for CPUs only")
     for model in preset.models:
         if model in models:
@@ -225,7 +244,7 @@ def impossible(case: Case) -> str | None:
     if case.adapter == "prefix" and settings.gradient_checkpointing:
         return "prefix tuning feeds its prefix as a cache, which gradient checkpointing turns off"
     if settings.optimizer == "paged-adamw-8bit" and (
-        settings.device == "cpu" or not torch_has_cuda()
+        settings.device == "cpu" or torch_cuda_version() is None
     ):
         return "paged-adamw-8bit pages between a GPU and its host: on a CPU use adamw"
     if settings.engine == "trl":
@@ -251,7 +270,10 @@ def peftbench_run(
         if sentence is not None:
             session.skip(case, sentence)
             pytest.skip(sentence)
-        row = run_case(session, case, benchmark)
+        try:
+            row = run_case(session, case, benchmark)
+        except UserError as error:  # only a resumed run on another device gets here
+            pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
         if row["status"] not in ("ok", "oom"):
             pytest.fail(
                 f"{case.id}: {row['status']} in phase {row['phase']}: {row['reason']}\n"
@@ -292,6 +314,8 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     """Every case under one key of our own, those without a time included."""
     session = config.stash.get(SESSION, None)
     if session is not None:
+        if session.rows and session.rows[-1]["status"] != "interrupted":
+            session.time_machine("end", next(iter(config.stash[SELECTION][1].values())))
         output_json["peftbench"] = session_json(session)
 
 
@@ -299,9 +323,14 @@ def session_json(session: Session) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "run_id": session.run_id,
+        "sentinels": session.sentinels,
         "metric_versions": {name: metric.version for name, metric in METRICS.items()},
         "cases": [
-            {k: row[k] for k in ("case_id", "case_hash", "status", "phase", "reason") if k in row}
+            {
+                k: row[k]
+                for k in ("case_id", "case_hash", "status", "phase", "reason", "oom")
+                if k in row
+            }
             for row in session.rows
         ],
     }

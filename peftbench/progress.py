@@ -40,6 +40,10 @@ class Progress:
             if not self._live:
                 self._print(f"[{self._done + 1}/{self._total}] {label} ... {self._times()}")
 
+    @property
+    def current_phase(self) -> str:
+        return self._phase
+
     def phase(self, name: str) -> None:
         with self._lock:
             self._set_phase(name)

@@ -49,22 +49,26 @@ def merge_rounds(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """One record of several rounds: each metric's median, all rounds kept under `rounds`.
 
     Everything else (provenance, samples, phases) is the first round's. A metric that is null in
-    any round is null, with that round's reason.
+    any round is null, with that round's reason. Rounds that were disturbed (a shared or throttled
+    device) are kept but left out of the medians, unless all of them were.
     """
+    calm = [r for r in rounds if not r.get("disturbances")] or rounds
     first = rounds[0]
     merged = dict(first)
     nulls = dict(first["null_reasons"])
     for name in METRICS:
-        values = [r[name] for r in rounds]
+        values = [r[name] for r in calm]
         if None in values:
             merged[name] = None
-            at = values.index(None)
-            nulls[name] = rounds[at]["null_reasons"][name]
+            nulls[name] = calm[values.index(None)]["null_reasons"][name]
         else:
+            nulls.pop(name, None)
             middle = statistics.median(values)
             merged[name] = int(middle) if isinstance(values[0], int) and middle % 1 == 0 else middle
     merged["null_reasons"] = nulls
-    keep = ("seed", "losses", "items", "start_unix_s", *METRICS)
+    keep = ("seed", "losses", "items", "start_unix_s", "disturbances", *METRICS)
+    merged["disturbances"] = sorted({d for r in rounds for d in r.get("disturbances", [])})
+    merged["calm_rounds"] = sum(not r.get("disturbances") for r in rounds)
     merged["rounds"] = [{k: r[k] for k in keep if k in r} for r in rounds]
     return merged
 

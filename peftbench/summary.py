@@ -75,4 +75,5 @@ def summary_lines(rows: list[dict[str, Any]]) -> list[str]:
                 f"perplexity: before -> after, on held-out text; its entropy floor is"
                 f" {' / '.join(floors)}"
             )
+    notes += [f"{r['case_id']} was disturbed: {d}" for r in ok for d in r["disturbances"]]
     return [*table(header, lines), "", *notes]

@@ -7,7 +7,7 @@ caller: the loop says where a phase ends through a `Gate`, with the device synch
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -48,6 +48,8 @@ class Training:
 
     losses: list[float]  # mean loss of each optimiser step, warm-up included, nats
     step_s: list[float]  # wall time of each step, warm-up included; device events on a GPU
+    grad_bytes: int  # of all gradients at the end of a backward pass
+    optimizer_state_bytes: int  # moments and counters, wherever they lie
 
 
 class StepClock:
@@ -219,6 +221,7 @@ def train(
             gate.warmed_up()
             started_s = time.perf_counter()
         clock.mark()
+        optimizer.zero_grad(set_to_none=True)  # here, so that the last step's can be counted
         step_loss = torch.zeros((), device=device)
         for micro, batch in enumerate(window.batches):
             at = step * settings.gradient_accumulation + micro
@@ -233,7 +236,6 @@ def train(
             torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
         optimizer.step()
         schedule.step()
-        optimizer.zero_grad(set_to_none=True)
         losses.append(step_loss)
         clock.mark()
         timed = step >= settings.warmup_steps
@@ -241,5 +243,22 @@ def train(
             break
     synchronize(device)
     gate.trained()
+    grad_bytes = gradient_bytes(trained)
+    optimizer.zero_grad(set_to_none=True)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    return Training([float(x) for x in losses], clock.step_s())
+    return Training([float(x) for x in losses], clock.step_s(), grad_bytes, state_bytes(optimizer))
+
+
+def gradient_bytes(parameters: Iterable[torch.nn.Parameter]) -> int:
+    """Bytes of the gradients that are there now."""
+    return sum(p.grad.nbytes for p in parameters if p.grad is not None)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors that the optimiser keeps."""
+    return sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )

@@ -63,7 +63,7 @@ def train(
 
     The model comes back with its own forward, configuration and float32 adapter, in training mode.
     """
-    from peftbench.training import StepClock, Training, synchronize
+    from peftbench.training import StepClock, Training, state_bytes, synchronize
 
     check_trl(method, settings)
     losses: list[torch.Tensor] = []
@@ -75,12 +75,16 @@ def train(
             add_reference(trainer, settings, reference)
         synchronize(trainer.args.device)
         gate.reference_done()
-        trainer.add_callback(_gate_callback(gate, settings, clock))
+        callback = _gate_callback(gate, settings, clock)
+        trainer.add_callback(callback)
         trainer.train()
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     window = settings.gradient_accumulation
     steps = [losses[at : at + window] for at in range(0, len(losses), window)]
-    return Training([float(sum(step)) for step in steps], clock.step_s())
+    return Training(
+        [float(sum(step)) for step in steps], clock.step_s(),
+        callback.grad_bytes, state_bytes(trainer.optimizer),
+    )  # fmt: skip
 
 
 def build_trainer(
@@ -280,11 +284,19 @@ def _gate_callback(gate: Gate, settings: Settings, clock: StepClock) -> Any:
     """
     from transformers import TrainerCallback
 
-    from peftbench.training import synchronize
+    from peftbench.training import gradient_bytes, synchronize
 
     class GateCallback(TrainerCallback):  # type: ignore[misc]
+        grad_bytes = 0
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.begin_step(args, state)
+
+        def on_pre_optimizer_step(
+            self, args: Any, state: Any, control: Any, model: Any, **_: Any
+        ) -> None:
+            if state.global_step == 0:  # the trainer has cleared them when a step ends
+                self.grad_bytes = gradient_bytes(model.parameters())
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             clock.mark()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,11 @@ from peftbench.training import Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# A second busy process makes a small case up to 15 times slower (threads wait for each other at
+# every operation); pytest itself and the system's own work stay well below this.
+MOST_OTHER_CPU_RATIO = 0.10
+_TICKS_S = 0.05  # the kernel rounds each of its counts to a hundredth of a second
 
 
 def loss_values(training: Training) -> dict[str, float]:
@@ -44,11 +50,13 @@ def time_values(
     method_s = [seconds.get(n) for n in ("reference", "warmup", "train")]
     return {
         **{f"{name}_s": seconds.get(name) for name in PHASES},
+        "between_phases_s": phases.between_s,
         "total_s": math.fsum(r.seconds for r in phases.readings.values()),
         "method_s": math.fsum(s for s in method_s if s is not None),
         "first_step_s": training.step_s[0],
         "step_p50_s": quantile(timed_steps, 0.5),
         "step_p95_s": quantile(timed_steps, 0.95),
+        "step_max_s": timed_steps[-1],
         "tokens_per_s": sum(real for real, _ in timed) / train_s,
         # TRL pads in a way of its own
         "padded_tokens_per_s": (
@@ -59,6 +67,59 @@ def time_values(
         "steps": steps,
         "train_tokens": sum(real for real, _ in counts),
     }
+
+
+def work_values(
+    phases: Phases,
+    case: Case,
+    task: TokenTask,
+    steps: int,
+    first_batch_flops: int | None,
+    peak_flops_per_s: float | None,
+) -> dict[str, float | int | None]:
+    """Operations, utilisation and energy of the training window; `steps` has the warm-up in it."""
+    settings, sides = case.settings, METHODS[case.method].sides
+    window = settings.batch_size * settings.gradient_accumulation
+    counts = [
+        token_counts(task.train[at : at + settings.batch_size], sides)
+        for at in range(0, steps * window, settings.batch_size)
+    ]
+    timed = counts[settings.warmup_steps * settings.gradient_accumulation :]
+    train = phases.readings["train"]
+    # a GPU's energy is the parent's to read: the processors' is then not the training's
+    energy_j = train.package_energy_j if train.torch_peak_allocated_bytes is None else None
+    rates: dict[str, float | int | None] = {}
+    if first_batch_flops is not None:
+        flops = round(first_batch_flops / counts[0][1] * sum(padded for _, padded in timed))
+        rates = {"train_flops": flops, "flops_per_s": flops / train.seconds}
+        if peak_flops_per_s is not None:
+            rates["mfu_ratio"] = flops / train.seconds / peak_flops_per_s
+    return {
+        **rates,
+        "other_cpu_ratio": (
+            None
+            if train.other_cpu_s is None
+            else train.other_cpu_s / (train.seconds * (os.cpu_count() or 1))
+        ),
+        "energy_j": energy_j,
+        "energy_per_token_j": (
+            None if energy_j is None else energy_j / sum(real for real, _ in timed)
+        ),
+    }
+
+
+def disturbances(phases: Phases, device: torch.device) -> list[str]:
+    """Why this round's times are not the case's own: one sentence each, in most rounds none."""
+    train = phases.readings["train"]
+    if device.type != "cpu" or train.other_cpu_s is None:
+        return []
+    capacity_s = train.seconds * (os.cpu_count() or 1)
+    if train.other_cpu_s <= MOST_OTHER_CPU_RATIO * capacity_s + _TICKS_S:
+        return []
+    return [
+        f"other processes took {train.other_cpu_s / capacity_s:.0%} of this machine's CPU time"
+        f" during training (above {MOST_OTHER_CPU_RATIO:.0%} a round does not count)"
+    ]
 
 
 def quantile(ordered: list[float], q: float) -> float:
@@ -114,7 +175,9 @@ def quality_values(
     return values
 
 
-def null_reasons(case: Case, device: torch.device, phases: Phases) -> dict[str, str]:
+def null_reasons(
+    case: Case, device: torch.device, phases: Phases, peak_flops_per_s: float | None
+) -> dict[str, str]:
     """Why each metric that has no value has none."""
     on_cpu = f"the run used {device.type}, no GPU"
     reasons = dict.fromkeys(
@@ -134,6 +197,17 @@ def null_reasons(case: Case, device: torch.device, phases: Phases) -> dict[str, 
         random = "weights" if case.settings.weights == "random" else "ids"
         for name in QUALITY:
             reasons[name] = f"random {random} (seed {case.settings.seed}): quality means nothing"
+    for name in ("energy_j", "energy_per_token_j"):
+        reasons[name] = (
+            phases.energy.unavailable or "not read"
+            if device.type == "cpu"
+            else "not reported by the parent process"
+        )
+    for name in ("train_flops", "flops_per_s", "mfu_ratio"):
+        reasons[name] = "the memory left after training did not hold one more step to count"
+    if peak_flops_per_s is None:
+        reasons["mfu_ratio"] = "the session's matrix product was not timed"
+    reasons["other_cpu_ratio"] = "no /proc on this system"
     for name in ("perplexity_se", "nll_per_token_se"):
         reasons.setdefault(name, "one window only")
     return reasons

@@ -8,23 +8,24 @@ server only imports: a threaded operation in it would hang every child.
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 from peftbench.case import Case
+from peftbench.provenance import torch_cuda_version
 
 # On a CUDA build `import peft` imports bitsandbytes, which asks for the device's capability: CUDA
 # would be initialised in the server, and no forked child could use it any more.
@@ -55,6 +56,8 @@ class Outcome:
     phase: str
     reason: str  # one line
     traceback: str = ""
+    # of an `oom`, as far as the allocator says: bytes_asked, bytes_free, bytes_total
+    memory: dict[str, int] = field(default_factory=dict)
 
 
 class RoundStoppedError(Exception):
@@ -65,21 +68,12 @@ class RoundStoppedError(Exception):
         self.outcome = outcome
 
 
-def torch_has_cuda() -> bool:
-    """Whether the installed torch is a CUDA build, read from its files: nothing is imported."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return False
-    text = (Path(spec.origin).parent / "version.py").read_text()
-    return re.search(r"^cuda\b[^=]*=\s*['\"]", text, re.MULTILINE) is not None
-
-
 def process_context() -> BaseContext:
     """The fork server with its preload list set, or spawn where it is not to be had."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD_CUDA if torch_has_cuda() else PRELOAD_CPU))
+    context.set_forkserver_preload(list(PRELOAD_CUDA if torch_cuda_version() else PRELOAD_CPU))
     return context
 
 
@@ -207,6 +201,7 @@ class _Pipe:
 
 def child_main(connection: Connection, job: dict[str, Any], log: str) -> None:
     """Run one job and send its result; what goes wrong becomes a status here and nowhere else."""
+    _die_with_parent()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -220,6 +215,18 @@ def child_main(connection: Connection, job: dict[str, Any], log: str) -> None:
         connection.send(("stopped", asdict(outcome_of(error, pipe.current))))
 
 
+def _die_with_parent() -> None:
+    """When pytest is killed its fork server ends, and so must a child in the middle of training.
+
+    Linux only; elsewhere the child ends at its next message.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def _run(job: dict[str, Any], pipe: _Pipe) -> Any:
     from peftbench import pipeline
     from peftbench.evaluation import Quality
@@ -227,8 +234,25 @@ def _run(job: dict[str, Any], pipe: _Pipe) -> Any:
     case = Case.from_dict(job["case"])
     if job["kind"] == "base":
         return asdict(pipeline.score_base(case, job["quantize"], pipe))
+    if job["kind"] == "sentinels":
+        return pipeline.time_machine(case, pipe)
     bases = [None if b is None else Quality.from_dict(b) for b in (job["base"], job["unquantized"])]
-    return pipeline.run_round(case, bases[0], bases[1], pipe)
+    return pipeline.run_round(case, bases[0], bases[1], job["peak_flops_per_s"], pipe)
+
+
+_SIZE = r"([\d.]+) (bytes|KiB|MiB|GiB)"
+_OOM_WORDS = {
+    "bytes_asked": rf"[Tt]ried to allocate {_SIZE}",
+    "bytes_total": rf"total capacity of {_SIZE}",
+    "bytes_free": rf"of which {_SIZE} is free",
+}
+
+
+def oom_bytes(message: str) -> dict[str, int]:
+    """What torch's allocators say in words, CUDA's or the CPU's; only what is said."""
+    units = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    found = {name: re.search(pattern, message) for name, pattern in _OOM_WORDS.items()}
+    return {n: round(float(m[1]) * units[m[2]]) for n, m in found.items() if m is not None}
 
 
 def outcome_of(error: BaseException, phase: str) -> Outcome:
@@ -236,6 +260,7 @@ def outcome_of(error: BaseException, phase: str) -> Outcome:
     import torch
 
     from peftbench.errors import UserError
+    from peftbench.measuring.phases import UnaccountedTimeError
     from peftbench.pipeline import InvalidTrainingError
 
     text = "".join(traceback.format_exception(error))
@@ -247,8 +272,10 @@ def outcome_of(error: BaseException, phase: str) -> Outcome:
         and any(w in str(error) for w in ("can't allocate memory", "std::bad_alloc"))
     )
     if out_of_memory:
-        return Outcome("oom", phase, f"{type(error).__name__}: {message}", text)
-    if isinstance(error, InvalidTrainingError):
+        return Outcome(
+            "oom", phase, f"{type(error).__name__}: {message}", text, oom_bytes(str(error))
+        )
+    if isinstance(error, (InvalidTrainingError, UnaccountedTimeError)):
         return Outcome("invalid", phase, message)
     if isinstance(error, UserError):
         return Outcome("failed", phase, message)

@@ -50,7 +50,7 @@ def run_part(name: str, log_folder: Path) -> bool:
     with log.open("w") as file:
         commit = f"{where['commit']}{' (changed)' if where['commit_dirty'] else ''}"
         file.write(f"commit {commit}\n{where['cpu']}, {where['cpu_cores']} cores\n")
-        file.write(f"{where['libraries']}\n")
+        file.write(f"{where['libraries']} {where['library_commits'] or ''}\n")
         for command in PARTS[name]:
             shown = " ".join(Path(c).name if c == sys.executable else c for c in command)
             file.write(f"\n$ {shown}\n")

@@ -14,17 +14,27 @@ HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "bits
 # modules that only run in a child process, where torch is loaded anyway
 CHILD_ONLY = {
     "pipeline", "training", "evaluation", "batches", "values", "quantization", "weights", "targets",
-    "measuring.phases", "methods.sft", "methods.dpo", "methods.orpo",
+    "measuring.phases", "measuring.flops", "measuring.sentinels",
+    "methods.sft", "methods.dpo", "methods.orpo",
 }  # fmt: skip
 
 LAYERS = [
-    {"errors", "metrics"},
+    {"errors", "metrics", "measuring.nvml"},
     {"case", "record", "data.task", "measuring.host", "progress", "summary", "provenance"},
-    {"data.tinywiki", "data.wikipedia", "data.tokens", "methods"},
-    {"hub", "model_files", "data.assets", "data.corpus", "data.preference"},
-    {"data.files"},
+    {"data.tinywiki", "data.wikipedia", "data.tokens", "methods", "measuring.sampler", "show"},
+    {"hub", "model_files", "data.assets", "data.corpus", "data.preference", "measuring.energy"},
+    {"data.files", "measuring.gpu"},
     {"data.hub"},
-    {"data.loading", "quantization", "weights", "targets", "measuring.phases", "batches"},
+    {
+        "data.loading",
+        "quantization",
+        "weights",
+        "targets",
+        "measuring.phases",
+        "batches",
+        "measuring.flops",
+        "measuring.sentinels",
+    },
     {"adapters", "methods.sft", "methods.dpo", "methods.orpo", "evaluation"},
     {"models"},
     {"training", "trl_engine"},

@@ -25,13 +25,13 @@ from peftbench.case import Settings
 from peftbench.errors import UserError
 from peftbench.models import (
     MODELS,
-    base_bytes,
     check_model,
     disable_dropout,
     load_config,
     load_model,
     load_tokenizer,
     model_context,
+    parameter_bytes,
     weights_hash,
 )
 from peftbench.quantization import dequantize_layer, layers_4bit
@@ -249,7 +249,7 @@ def test_base_bytes_count_four_bit_storage_with_its_scales(tmp_path: Path) -> No
     # of 256 covers all of a layer here), codebooks of 16 and 256 floats, one float offset
     quantized = 2 * sum(n // 2 + n // 64 + 4 + 16 * 4 + 256 * 4 + 4 for n in sizes)
     full = 4 * (2 * 61 * hidden + (2 * 2 + 1) * hidden)  # embedding, head, norms
-    assert base_bytes(model) == quantized + full
+    assert parameter_bytes(model) == quantized + full
 
 
 def test_random_four_bit_weights_are_the_quantised_random_ones(folder: str) -> None:

@@ -1,10 +1,14 @@
-"""Resident memory of this process, from the kernel."""
+"""What the kernel knows of this process and machine: resident memory, CPU time, energy."""
 
 from __future__ import annotations
 
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+_STAT = Path("/proc/stat")
+_POWERCAP = Path("/sys/class/powercap")
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -23,6 +27,11 @@ def rss_bytes() -> int | None:
     return _status_bytes("VmRSS")
 
 
+def address_space_bytes() -> int | None:
+    """What RLIMIT_AS limits."""
+    return _status_bytes("VmSize")
+
+
 def peak_rss_bytes() -> int | None:
     """High-water mark of the resident memory since the last `reset_peak`."""
     return _status_bytes("VmHWM")
@@ -38,3 +47,61 @@ def reset_peak() -> str | None:
     except OSError as error:
         return f"{_CLEAR} cannot be written on {sys.platform}: {error.strerror}"
     return None
+
+
+@dataclass(frozen=True)
+class CpuTimes:
+    """CPU seconds since some moment in the past: of the whole machine, and of this process."""
+
+    machine_s: float
+    own_s: float
+
+
+def cpu_times() -> CpuTimes | None:
+    """Busy time of all processors, time stolen by a hypervisor included; None without /proc/stat.
+
+    The kernel counts in ticks of a hundredth of a second.
+    """
+    if not _STAT.exists():
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = (
+        int(field) for field in _STAT.read_text().split("\n", 1)[0].split()[1:9]
+    )
+    ticks = user + nice + system + irq + softirq + steal
+    own = os.times()
+    return CpuTimes(ticks / os.sysconf("SC_CLK_TCK"), own.user + own.system)
+
+
+def other_cpu_s(start: CpuTimes | None, end: CpuTimes | None) -> float | None:
+    """CPU seconds that others took between two readings; ticks round, so never below 0."""
+    if start is None or end is None:
+        return None
+    return max(0.0, (end.machine_s - start.machine_s) - (end.own_s - start.own_s))
+
+
+class PackageEnergy:
+    """The processor packages' own energy counters (RAPL), where the kernel lets us read them."""
+
+    def __init__(self, root: Path = _POWERCAP) -> None:
+        self._folders = sorted(root.glob("intel-rapl:[0-9]")) if root.exists() else []
+        self.unavailable: str | None = None
+        if not self._folders:
+            self.unavailable = f"{root} lists no processor package (RAPL)"
+            return
+        try:
+            self._ranges_j = [self._joules(f / "max_energy_range_uj") for f in self._folders]
+            self.read_j()
+        except OSError as error:
+            self.unavailable = f"{error.filename} cannot be read ({error.strerror})"
+
+    def read_j(self) -> list[float]:
+        """Joules of each package's counter, which starts again at 0 when it is full."""
+        return [self._joules(folder / "energy_uj") for folder in self._folders]
+
+    def between_j(self, start: list[float], end: list[float]) -> float:
+        """Joules of all packages between two readings that are less than one turn apart."""
+        return sum((b - a) % full for a, b, full in zip(start, end, self._ranges_j, strict=True))
+
+    @staticmethod
+    def _joules(file: Path) -> float:
+        return int(file.read_text()) / 1e6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +18,16 @@ class PhaseReading:
     """What one phase took. Peaks are None where they cannot be read."""
 
     seconds: float
+    start_monotonic_s: float  # of a clock that all processes of the machine share
     host_peak_rss_bytes: int | None
     torch_peak_allocated_bytes: int | None
     torch_peak_reserved_bytes: int | None
+    other_cpu_s: float | None  # CPU time that other processes took meanwhile
+    package_energy_j: float | None  # of the processors (RAPL)
+
+
+class UnaccountedTimeError(RuntimeError):
+    """The phases do not add up to the round: time went where nobody can say."""
 
 
 class Phases:
@@ -37,20 +45,33 @@ class Phases:
         self._announce = announce
         self._name: str | None = None
         self._started = 0.0
+        self._first_started = time.monotonic()
+        self._last_ended = self._first_started
+        self._held_s = 0.0
+        self.between_s = 0.0  # collecting garbage and resetting peaks, which is no phase's work
+        self.energy = host.PackageEnergy()
+        self._cpu_start: host.CpuTimes | None = None
+        self._energy_start: list[float] = []
 
     def enter(self, name: str, hold: Callable[[], None] | None = None) -> None:
         """End the phase before and start this one; `hold` may block before the clock starts."""
         self.leave()
+        began = time.monotonic()
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
         host.reset_peak()
+        self.between_s += time.monotonic() - began
         self._announce(name)
         if hold is not None:
+            began = time.monotonic()
             hold()
+            self._held_s += time.monotonic() - began
         self._name = name
-        self._started = time.perf_counter()
+        self._cpu_start = host.cpu_times()
+        self._energy_start = [] if self.energy.unavailable else self.energy.read_j()
+        self._started = time.monotonic()
 
     def imported(self) -> None:
         """The imports are done: the resident memory from which growth is counted is read here."""
@@ -63,13 +84,36 @@ class Phases:
             return 0.0
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        seconds = time.perf_counter() - self._started
+        self._last_ended = time.monotonic()
+        seconds = self._last_ended - self._started
         cuda = self._device.type == "cuda"
+        energy_j = (
+            None
+            if self.energy.unavailable
+            else self.energy.between_j(self._energy_start, self.energy.read_j())
+        )
         self.readings[self._name] = PhaseReading(
             seconds,
+            self._started,
             None if self.peak_unavailable else host.peak_rss_bytes(),
             torch.cuda.max_memory_allocated(self._device) if cuda else None,
             torch.cuda.max_memory_reserved(self._device) if cuda else None,
+            host.other_cpu_s(self._cpu_start, host.cpu_times()),
+            energy_j,
         )
         self._name = None
         return seconds
+
+    def check_sum(self) -> None:
+        """Raise UnaccountedTimeError if the phases are not the round, to 2 % or 50 ms.
+
+        The round lasts from this clock's making to the last phase's end, without the wait for the
+        go and what `between_s` has.
+        """
+        total_s = self._last_ended - self._first_started - self._held_s - self.between_s
+        phases_s = math.fsum(reading.seconds for reading in self.readings.values())
+        if abs(total_s - phases_s) > max(0.02 * total_s, 0.05):
+            raise UnaccountedTimeError(
+                f"the phases sum to {phases_s:.3f} s of a round of {total_s:.3f} s:"
+                " this machine stood still between two phases; run the round again"
+            )

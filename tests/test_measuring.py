@@ -1,0 +1,215 @@
+"""Clocks and readings against sleeps, allocations and work of known size."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from peftbench.case import Case, Settings
+from peftbench.data.task import TokenPair, TokenTask
+from peftbench.measuring import host, phases
+from peftbench.measuring.flops import count_flops
+from peftbench.measuring.phases import PhaseReading, Phases, UnaccountedTimeError
+from peftbench.measuring.sentinels import time_sentinels
+from peftbench.training import gradient_bytes, state_bytes
+from peftbench.values import disturbances, work_values
+
+CPU = torch.device("cpu")
+MB = 1_000_000
+
+
+def clock() -> Phases:
+    gc.collect()
+    gc.freeze()
+    return Phases(CPU, lambda name: None)
+
+
+def test_a_sleep_of_known_length_is_reported_within_2_percent():
+    watch = clock()
+    watch.enter("train")
+    time.sleep(0.5)
+    assert watch.leave() == pytest.approx(0.5, rel=0.02)
+    assert watch.readings["train"].seconds == pytest.approx(0.5, rel=0.02)
+
+
+def test_a_spin_of_known_cpu_time_is_reported_within_5_percent():
+    watch = clock()
+    watch.enter("train")
+    end = time.process_time() + 0.5
+    while time.process_time() < end:
+        pass
+    seconds = watch.leave()
+    other = watch.readings["train"].other_cpu_s
+    assert other is not None
+    # what the processor did not give to this process it gave to others, or nobody wanted
+    assert seconds >= 0.5 * 0.95
+    assert other <= (os.cpu_count() or 1) * seconds - 0.5 + 0.05
+
+
+def test_an_allocation_of_known_size_is_in_its_own_phase_within_1_percent():
+    """In a process of its own: this one's allocator has free memory to give."""
+    code = """
+import torch
+from peftbench.measuring.phases import Phases
+watch = Phases(torch.device("cpu"), lambda name: None)
+watch.enter("import"); watch.imported()
+watch.enter("load"); block = bytearray(500_000_000); del block
+watch.enter("train"); small = bytearray(50_000_000)
+watch.leave()
+for name in ("load", "train"):
+    print(watch.readings[name].host_peak_rss_bytes - watch.start_rss_bytes)
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    load, train = (int(line) for line in out.stdout.split())
+    assert load == pytest.approx(500 * MB, rel=0.01)
+    assert train == pytest.approx(50 * MB, rel=0.02)  # the load's peak is not the training's
+
+
+def test_phases_that_leave_time_out_are_refused(monkeypatch):
+    watch = clock()
+    watch.enter("load")
+    time.sleep(0.05)
+    watch.enter("train", hold=lambda: time.sleep(0.3))  # the wait for the go is no phase
+    time.sleep(0.05)
+    watch.leave()
+    watch.check_sum()
+    monkeypatch.setattr(phases.gc, "collect", lambda: time.sleep(0.3))
+    watch.enter("save")
+    watch.leave()
+    watch.check_sum()
+    assert watch.between_s == pytest.approx(0.3, abs=0.1)
+    monkeypatch.setattr(watch, "_announce", lambda name: time.sleep(0.3))
+    watch.enter("count")
+    watch.leave()
+    with pytest.raises(UnaccountedTimeError, match=r"sum to 0\.1\d+ s of a round of 0\.4"):
+        watch.check_sum()
+
+
+def test_other_processes_cpu_time_is_counted_and_ours_is_not():
+    start = host.cpu_times()
+    spin = "import time\nend = time.process_time() + 0.6\nwhile time.process_time() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", spin]) as other:
+        end = time.process_time() + 0.3
+        while time.process_time() < end or other.poll() is None:
+            pass
+    took = host.other_cpu_s(start, host.cpu_times())
+    assert took is not None
+    assert took >= 0.6 * 0.95
+    calm, same = host.CpuTimes(10.0, 4.0), host.CpuTimes(11.0, 5.0)
+    assert host.other_cpu_s(calm, same) == 0.0
+    assert host.other_cpu_s(calm, host.CpuTimes(13.5, 5.0)) == 2.5
+    assert host.other_cpu_s(None, same) is None
+
+
+def test_package_energy_adds_the_packages_and_survives_a_full_counter(tmp_path):
+    def write(package: int, energy_uj: int) -> None:
+        folder = tmp_path / f"intel-rapl:{package}"
+        folder.mkdir(exist_ok=True)
+        (folder / "max_energy_range_uj").write_text("1000000000\n")
+        (folder / "energy_uj").write_text(f"{energy_uj}\n")
+
+    write(0, 990_000_000)
+    write(1, 5_000_000)
+    energy = host.PackageEnergy(tmp_path)
+    start = energy.read_j()
+    write(0, 15_000_000)  # 10 J to the turn at 1000 J, 15 J after it
+    write(1, 7_500_000)
+    assert energy.unavailable is None
+    assert energy.between_j(start, energy.read_j()) == pytest.approx(25.0 + 2.5)
+    missing = host.PackageEnergy(tmp_path / "nowhere").unavailable
+    assert missing is not None
+    assert missing.endswith("lists no processor package (RAPL)")
+
+
+def test_flops_of_a_product_and_of_attention_equal_arithmetic():
+    a, b = torch.ones(3, 5), torch.ones(5, 7, requires_grad=True)
+    assert count_flops(lambda: a @ b) == 2 * 3 * 5 * 7
+    assert count_flops(lambda: (a @ b).sum().backward()) == 2 * 2 * 3 * 5 * 7  # no grad of a
+    q, k, v = (torch.ones(2, 4, 16, 8, requires_grad=True) for _ in range(3))
+    forward = 2 * 4 * (2 * 16 * 16 * 8) * 2  # batch x heads x (q k^T and p v)
+
+    def attention() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    assert count_flops(attention) == forward
+    # backward: the scores again, then gradients of v, p, q and k: five products for two
+    assert count_flops(lambda: attention().sum().backward()) == forward + forward // 2 * 5
+
+
+def test_gradient_and_optimizer_bytes_equal_arithmetic():
+    layer = torch.nn.Linear(30, 20, bias=False)
+    frozen = torch.nn.Linear(30, 20).requires_grad_(False)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    assert gradient_bytes(layer.parameters()) == 0
+    layer(torch.ones(1, 30)).sum().backward()
+    optimizer.step()
+    assert gradient_bytes([*layer.parameters(), *frozen.parameters()]) == 4 * 600
+    assert state_bytes(optimizer) == 2 * 4 * 600 + 4  # two moments and a step counter
+
+
+def reading(seconds: float, other_cpu_s: float | None = 0.0) -> PhaseReading:
+    return PhaseReading(seconds, 100.0, 1, None, None, other_cpu_s, 30.0)
+
+
+def test_work_values_equal_arithmetic():
+    # 3 steps of 2 pairs, one of them warm-up; prompt 2 and completion 3 or 1 tokens
+    pairs = tuple(TokenPair((1, 2), (3,) * n, (4,)) for n in (3, 1, 3, 3, 1, 1))
+    task = TokenTask("", "", pairs, (), (), (), 0, None, 0, 0)
+    case = Case("m", "lora", "sft", Settings(pairs=6, batch_size=2, warmup_steps=1))
+    watch = clock()
+    watch.readings["train"] = reading(2.0, other_cpu_s=0.5)
+    found = work_values(watch, case, task, 3, 1000, 400.0)
+    # padded tokens: 10 in the first batch, 10 and 6 in the two that count
+    assert found["train_flops"] == 1000 / 10 * 16
+    assert found["flops_per_s"] == 800.0
+    assert found["mfu_ratio"] == 2.0
+    assert found["other_cpu_ratio"] == 0.5 / (2.0 * (os.cpu_count() or 1))
+    assert found["energy_j"] == 30.0
+    assert found["energy_per_token_j"] == 30.0 / (5 + 5 + 3 + 3)
+    assert "train_flops" not in work_values(watch, case, task, 3, None, 400.0)
+
+
+def test_a_round_on_a_shared_machine_says_so():
+    watch = clock()
+    cores = os.cpu_count() or 1
+    watch.readings["train"] = reading(10.0, other_cpu_s=0.09 * 10 * cores)
+    assert disturbances(watch, CPU) == []
+    watch.readings["train"] = reading(10.0, other_cpu_s=0.5 * 10 * cores)
+    (sentence,) = disturbances(watch, CPU)
+    assert sentence.startswith("other processes took 50% of this machine's CPU time")
+    assert disturbances(watch, torch.device("cuda")) == []
+
+
+def test_sentinels_are_finite_and_a_product_is_faster_than_a_launch():
+    found = time_sentinels(CPU)
+    assert set(found) == {
+        "matmul_float32_flops_per_s", "matmul_bfloat16_flops_per_s", "copy_bytes_per_s", "launch_s"
+    }  # fmt: skip
+    assert all(math.isfinite(v) and v > 0 for v in found.values())
+    assert found["matmul_float32_flops_per_s"] > 1e9
+    assert found["launch_s"] < 1e-3
+
+
+def test_the_kernels_mark_is_reset(tmp_path: Path):
+    assert host.reset_peak() is None
+    before = host.peak_rss_bytes()
+    block = bytearray(100 * MB)
+    during = host.peak_rss_bytes()
+    del block
+    host.reset_peak()
+    after = host.peak_rss_bytes()
+    assert before is not None
+    assert during is not None
+    assert after is not None
+    assert during - before == pytest.approx(100 * MB, rel=0.02)
+    assert after - before < 10 * MB
