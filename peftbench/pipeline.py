@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 import importlib
 import math
-import os
 import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from peftbench import adapters, evaluation, models, values
+from peftbench import adapters, evaluation, models, provenance, values
 from peftbench.batches import collate, completion_logprobs, forward_logits
 from peftbench.case import Case, Settings
 from peftbench.data.loading import load_task
@@ -228,7 +227,7 @@ def prepare_process(settings: Settings) -> torch.device:
     # all, a third of a second at every boundary.
     gc.collect()
     gc.freeze()
-    torch.set_num_threads(settings.threads or available_cores())
+    torch.set_num_threads(settings.threads or provenance.available_cores() or 1)
     torch.manual_seed(settings.seed)
     if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
         limit_host_memory(settings.host_memory_limit_bytes)
@@ -263,13 +262,6 @@ def limit_host_memory(limit_bytes: int) -> None:
         raise UserError("host_memory_limit needs Linux: this system does not tell a process's size")
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (now_bytes + limit_bytes, hard))
-
-
-def available_cores() -> int:
-    """Cores that this process may use: fewer than the machine's in a container or under taskset."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def import_libraries(settings: Settings) -> None:

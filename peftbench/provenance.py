@@ -61,7 +61,7 @@ def describe() -> dict[str, Any]:
         "container_image": os.environ.get("PEFTBENCH_IMAGE") or None,
         "cpu": cpu_model(),
         "cpu_cores": os.cpu_count(),
-        "cpu_cores_available": _available_cores(),
+        "cpu_cores_available": available_cores(),
         "cpu_quota_cores": _cpu_quota_cores(_own_group()),
         "memory_bytes": _memory_bytes(),
         "memory_limit_bytes": _memory_limit_bytes(_own_group()),
@@ -175,7 +175,8 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _available_cores() -> int | None:
+def available_cores() -> int | None:
+    """Cores that this process may use: fewer than the machine's in a container or under taskset."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()  # macOS cannot pin a process to cores

@@ -13,7 +13,7 @@ from peftbench.batches import token_counts
 from peftbench.case import Case, Settings
 from peftbench.data.task import TokenTask
 from peftbench.evaluation import Quality
-from peftbench.measuring.phases import Phases
+from peftbench.measuring.phases import PhaseReading, Phases
 from peftbench.methods import METHODS
 from peftbench.metrics import HEADLINE_PHASES, PHASES
 from peftbench.training import Training
@@ -36,15 +36,11 @@ def time_values(
     phases: Phases, training: Training, case: Case, task: TokenTask
 ) -> dict[str, float | int | None]:
     """Seconds by phase, step quantiles and rates; counts of what was trained on."""
-    settings, row = case.settings, METHODS[case.method]
+    settings = case.settings
     seconds: dict[str, float | None] = {n: r.seconds for n, r in phases.readings.items()}
     steps = len(training.step_s)
     window = settings.batch_size * settings.gradient_accumulation
-    counts = [
-        token_counts(task.train[at : at + settings.batch_size], row.sides)
-        for at in range(0, steps * window, settings.batch_size)
-    ]
-    timed = counts[settings.warmup_steps * settings.gradient_accumulation :]
+    counts, timed = micro_batch_tokens(case, task, steps)
     timed_steps = sorted(training.step_s[settings.warmup_steps :])
     train_s = phases.readings["train"].seconds
     method_s = [seconds.get(n) for n in ("reference", "warmup", "train")]
@@ -69,6 +65,24 @@ def time_values(
     }
 
 
+def micro_batch_tokens(
+    case: Case, task: TokenTask, steps: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(non-padding, padded) tokens of each micro-batch: of all steps, and of the timed ones."""
+    settings, sides = case.settings, METHODS[case.method].sides
+    pairs = steps * settings.batch_size * settings.gradient_accumulation
+    counts = [
+        token_counts(task.train[at : at + settings.batch_size], sides)
+        for at in range(0, pairs, settings.batch_size)
+    ]
+    return counts, counts[settings.warmup_steps * settings.gradient_accumulation :]
+
+
+def capacity_s(reading: PhaseReading) -> float:
+    """CPU seconds that the machine's cores had in a phase."""
+    return reading.seconds * (os.cpu_count() or 1)
+
+
 def work_values(
     phases: Phases,
     case: Case,
@@ -78,13 +92,7 @@ def work_values(
     peak_flops_per_s: float | None,
 ) -> dict[str, float | int | None]:
     """Operations, utilisation and energy of the training window; `steps` has the warm-up in it."""
-    settings, sides = case.settings, METHODS[case.method].sides
-    window = settings.batch_size * settings.gradient_accumulation
-    counts = [
-        token_counts(task.train[at : at + settings.batch_size], sides)
-        for at in range(0, steps * window, settings.batch_size)
-    ]
-    timed = counts[settings.warmup_steps * settings.gradient_accumulation :]
+    counts, timed = micro_batch_tokens(case, task, steps)
     train = phases.readings["train"]
     # a GPU's energy is the parent's to read: the processors' is then not the training's
     energy_j = train.package_energy_j if train.torch_peak_allocated_bytes is None else None
@@ -97,9 +105,7 @@ def work_values(
     return {
         **rates,
         "other_cpu_ratio": (
-            None
-            if train.other_cpu_s is None
-            else train.other_cpu_s / (train.seconds * (os.cpu_count() or 1))
+            None if train.other_cpu_s is None else train.other_cpu_s / capacity_s(train)
         ),
         "energy_j": energy_j,
         "energy_per_token_j": (
@@ -113,12 +119,11 @@ def disturbances(phases: Phases, device: torch.device) -> list[str]:
     train = phases.readings["train"]
     if device.type != "cpu" or train.other_cpu_s is None:
         return []
-    capacity_s = train.seconds * (os.cpu_count() or 1)
-    if train.other_cpu_s <= MOST_OTHER_CPU_RATIO * capacity_s + _TICKS_S:
+    if train.other_cpu_s <= MOST_OTHER_CPU_RATIO * capacity_s(train) + _TICKS_S:
         return []
     return [
-        f"other processes took {train.other_cpu_s / capacity_s:.0%} of this machine's CPU time"
-        f" during training (above {MOST_OTHER_CPU_RATIO:.0%} a round does not count)"
+        f"other processes took {train.other_cpu_s / capacity_s(train):.0%} of this machine's CPU"
+        f" time during training (above {MOST_OTHER_CPU_RATIO:.0%} a round does not count)"
     ]
 
 
