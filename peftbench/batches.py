@@ -29,6 +29,7 @@ class Batch:
     position_ids: torch.Tensor  # (R, P + C) int64, 0 at a row's first token
     completion_mask: torch.Tensor  # (R, C) bool, True where a completion token is
     prompt_mask: torch.Tensor  # (R, P) bool, True where a prompt token is
+    padded: bool  # whether any row has padding: known from the lengths, without asking the device
 
     @property
     def completion_length(self) -> int:
@@ -65,8 +66,9 @@ def collate(pairs: Sequence[TokenPair], sides: Sides, device: torch.device | str
     on_device = [t.to(device, non_blocking=True) for t in (ids, mask, positions)]
     present = on_device[1].bool()
     return Batch(
-        on_device[0], on_device[1], on_device[2], present[:, P:].clone(), present[:, :P].clone()
-    )
+        on_device[0], on_device[1], on_device[2], present[:, P:].clone(), present[:, :P].clone(),
+        padded=not bool(mask.all()),
+    )  # fmt: skip
 
 
 def token_counts(pairs: Sequence[TokenPair], sides: Sides) -> tuple[int, int]:
@@ -87,10 +89,11 @@ def token_counts(pairs: Sequence[TokenPair], sides: Sides) -> tuple[int, int]:
 
 def forward_logits(model: Any, batch: Batch, columns: int) -> torch.Tensor:
     """Logits (R, columns, V) of the last `columns` positions; the head runs on these only."""
+    # without padding there is nothing to mask beyond causality, and positions count from 0
     logits: torch.Tensor = model(
         input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask if batch.padded else None,
+        position_ids=batch.position_ids if batch.padded else None,
         logits_to_keep=last_columns(batch.input_ids, columns),
         use_cache=False,
     ).logits

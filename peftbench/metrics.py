@@ -49,6 +49,7 @@ METRICS: dict[str, Metric] = {
     "compare_s": Metric("s", "none", "info", 0.0, "Wall time to compare the trained model with its base (KL, moved entries); `full` loads the base anew for it."),
     "count_s": Metric("s", "none", "info", 0.0, "Wall time to count the operations of one micro-batch, after everything else is measured."),
     "save_s": Metric("s", "lower", "noisy", 0.05, "Wall time to write the adapter to disk."),
+    "merge_s": Metric("s", "none", "info", 0.0, "Wall time of the merged inference check: fold the adapter into a copy of the base and compare; null where the adapter does not merge."),
     "between_phases_s": Metric("s", "none", "info", 0.0, "Wall time between the phases, in which garbage is collected and peaks are reset."),
     "total_s": Metric("s", "lower", "noisy", 0.05, "Sum of all phases of the round; the wait between warm-up and the go is no phase."),
     "tokens_per_s": Metric("tokens/s", "higher", "derived", 0.03, "Non-padding tokens that the policy read in the training window, divided by the time of the same window."),
@@ -80,6 +81,7 @@ METRICS: dict[str, Metric] = {
     "quantized_modules": Metric("modules", "none", "exact", 0.0, "Linear layers whose weight is held in 4 bits."),
     "moved_ratio": Metric("ratio", "none", "info", 0.0, "Share of trained entries that differ from before training; for `full` without the embedding rows the data never touched."),
     "start_max_logit_difference": Metric("logits", "lower", "info", 0.0, "Largest absolute difference between adapted and base logits on a batch before training: 0 for an adapter that starts as the identity."),
+    "merge_max_logit_difference": Metric("logits", "lower", "info", 0.0, "Largest absolute difference between the merged and the adapted model's logits on a held-out batch after training: what the base's dtype rounds away; over 4 bits the base is dequantised first."),
     # budget
     "pairs": Metric("pairs", "none", "exact", 0.0, "Preference pairs seen in training, warm-up included."),
     "steps": Metric("steps", "none", "exact", 0.0, "Optimiser steps, warm-up included."),
@@ -114,9 +116,9 @@ METRICS: dict[str, Metric] = {
 
 PHASES: tuple[str, ...] = (
     "import", "load", "attach", "data", "check", "prepare", "reference", "warmup", "train",
-    "evaluate", "compare", "save", "count",
+    "evaluate", "compare", "save", "merge", "count",
 )  # fmt: skip
-"""The phases of a round, in order. `reference` has no time where the method needs none."""
+"""The phases of a round, in order. `reference` and `merge` have no time where there is none of it."""
 
 HEADLINE_PHASES: tuple[str, ...] = ("reference", "warmup", "train")
 """Peaks are the maximum over these: never load, evaluate or save (evaluation's full logits would win)."""

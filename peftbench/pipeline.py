@@ -2,7 +2,7 @@
 
     pytest (plugin.py)  ->  one fresh child process per round (worker.py)  ->  run_round, below:
     import -> load -> attach -> data -> check -> prepare -> reference -> warm up -> [go] -> train
-    -> evaluate -> compare -> save -> count
+    -> evaluate -> compare -> save -> merge -> count
 
 The parent process collects, shows progress and writes files; it never imports torch. The child
 does everything on this page and sends back one plain dictionary, the round's record.
@@ -34,6 +34,7 @@ from peftbench.measuring.flops import count_flops
 from peftbench.measuring.phases import Phases
 from peftbench.measuring.sentinels import time_sentinels
 from peftbench.methods import METHODS
+from peftbench.out_of_memory import is_out_of_memory
 from peftbench.quantization import layers_4bit, quantization_of
 from peftbench.record import FORMAT, measured
 from peftbench.training import Training
@@ -145,6 +146,11 @@ def run_round(
     with tempfile.TemporaryDirectory(prefix="peftbench-") as folder:
         adapter_bytes = adapters.save_adapter(model, Path(folder))
 
+    merge_difference = None
+    if adapters.ADAPTERS[case.adapter].merges:
+        phases.enter("merge")
+        merge_difference = merge_max_logit_difference(model, case, task)
+
     phases.enter("count")
     # At the very end: it takes as much memory and time as a step, and moves no number.
     flops = first_batch_flops(model, case, task)
@@ -166,6 +172,7 @@ def run_round(
         "quantized_modules": quantized,
         "moved_ratio": moved,
         "start_max_logit_difference": start_difference,
+        "merge_max_logit_difference": merge_difference,
         "learning_rate": settings.learning_rate,
         "truncated_prompts": task.truncated_prompts,
         "truncated_completions": task.truncated_completions,
@@ -208,17 +215,29 @@ def run_round(
     }
 
 
-def score_base(case: Case, quantize: bool, parent: Parent) -> Quality:
-    """What the model scores before any training; done once per session and model."""
+def score_base(case: Case, quantize: bool, parent: Parent) -> dict[str, Any]:
+    """What the model scores before any training; done once per session and model.
+
+    `quality` as plain values, and `phases` with the seconds of each.
+    """
     device = prepare_process(case.settings)
-    parent.phase("load")
+    phases = Phases(device, parent.phase)
+    phases.enter("import")
+    import_libraries(case.settings)
+    phases.imported()
+    phases.enter("load")
     model = load(case, device, quantize=quantize)
-    parent.phase("data")
+    phases.enter("data")
     tokenizer = models.load_tokenizer(case.model, case.settings.weights)
     task = load_task(case.settings, tokenizer, model.config.vocab_size)
     eos_id = model.config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
-    parent.phase("evaluate")
-    return evaluation.evaluate(model, task, case.settings, eos_id)
+    phases.enter("evaluate")
+    quality = evaluation.evaluate(model, task, case.settings, eos_id)
+    phases.leave()
+    return {
+        "quality": asdict(quality),
+        "phases": {name: reading.seconds for name, reading in phases.readings.items()},
+    }
 
 
 def prepare_process(settings: Settings) -> torch.device:
@@ -315,6 +334,23 @@ def start_max_logit_difference(model: Any, case: Case, task: TokenTask) -> float
     return float((adapted - plain)[batch.completion_mask].abs().max())
 
 
+def merge_max_logit_difference(model: Any, case: Case, task: TokenTask) -> float | None:
+    """Largest |merged - adapted| logit over a few held-out rows; None where the memory does not
+    hold the merged copy beside the model: all else is measured already."""
+    device = next(model.parameters()).device
+    batch = collate(task.test[:4], "chosen", device)
+    try:
+        with evaluation.evaluating(model, case.settings):
+            merged = adapters.merged(model, case.adapter).eval()
+            adapted = forward_logits(model, batch, batch.completion_length)
+            folded = forward_logits(merged, batch, batch.completion_length)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return float((adapted - folded)[batch.completion_mask].abs().max())
+
+
 def touched_rows(model: Any, task: TokenTask, sides: str) -> dict[str, torch.Tensor]:
     """Masks over embedding rows that training could move: the others have no gradient.
 
@@ -346,7 +382,7 @@ def touched_rows(model: Any, task: TokenTask, sides: str) -> dict[str, torch.Ten
 def first_batch_flops(model: Any, case: Case, task: TokenTask) -> int | None:
     """Operations of the native loss over the first micro-batch, forward and backward.
 
-    None where the GPU's memory no longer holds such a step: then all else is measured already.
+    None where the memory no longer holds such a step: then all else is measured already.
     """
     from peftbench.training import batch_loss
 
@@ -368,7 +404,9 @@ def first_batch_flops(model: Any, case: Case, task: TokenTask) -> int | None:
 
     try:
         return count_flops(step)
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         return None
 
 
@@ -376,7 +414,9 @@ def time_machine(case: Case, parent: Parent) -> dict[str, Any]:
     """The case's device and its sentinels: what it does now, whatever is trained on it."""
     device = prepare_process(case.settings)
     parent.phase("sentinels")
-    return {"device": device_name(device), **time_sentinels(device)}
+    began = time.monotonic()
+    found = time_sentinels(device)
+    return {"device": device_name(device), "seconds": time.monotonic() - began, **found}
 
 
 def kl_of(model: Any, fresh_base: Any, quality: Quality, task: TokenTask, case: Case) -> float:

@@ -9,6 +9,7 @@ import argparse
 import itertools
 import os
 import sys
+from collections.abc import Generator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from peftbench.errors import UserError, unknown_name
 from peftbench.methods import METHODS
 from peftbench.metrics import METRICS
 from peftbench.models import check_model, find_model, model_context, resolved
+from peftbench.privacy import without_secrets
 from peftbench.progress import Progress
 from peftbench.provenance import torch_cuda_version
 from peftbench.record import FORMAT, dumps, write_atomically
-from peftbench.session import Session, run_case
+from peftbench.rounds import run_case
+from peftbench.session import Session
 from peftbench.summary import summary_lines
 from peftbench.trl_engine import check_trl
 
@@ -144,7 +147,8 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         config.stash[SELECTION] = selection(config)
     except UserError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise pytest.UsageError(without_secrets(str(error))) from None
+    config.pluginmanager.register(FileGuard())
 
 
 SELECTION = pytest.StashKey[tuple[Preset, Cases]]()
@@ -181,10 +185,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         folder = writable_folder(Path(config.getoption("results_dir")))
         ours = Session(
             folder, Progress(len(items)), preset.rounds, config.getoption("case_timeout"),
-            config.getoption("resume"),
+            config.getoption("resume"), chosen,
         )  # fmt: skip
     except UserError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise pytest.UsageError(without_secrets(str(error))) from None
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=ours.clock))
     config.stash[SESSION] = ours
@@ -324,6 +328,7 @@ def session_json(session: Session) -> dict[str, Any]:
         "format": FORMAT,
         "run_id": session.run_id,
         "sentinels": session.sentinels,
+        "bases": session.base_phases,
         "metric_versions": {name: metric.version for name, metric in METRICS.items()},
         "cases": [
             {
@@ -336,11 +341,31 @@ def session_json(session: Session) -> dict[str, Any]:
     }
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    ours = session.config.stash.get(SESSION, None)
-    if ours is not None:
-        ours.progress.close()
+class FileGuard:
+    """Around pytest-benchmark's end of the session, which writes the JSON file.
+
+    Registered when pytest is configured: after pytest-benchmark, so that it encloses it, and before
+    the terminal, whose summary must come after it.
+    """
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
+        ours = session.config.stash.get(SESSION, None)
+        try:
+            return (yield)
+        except OSError as error:
+            if ours is None:
+                raise
+            session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+            target = Path(session.config.getoption("benchmark_json")).name
+            ours.not_written = (
+                f"{target} could not be written ({error.strerror}); every finished round is kept:"
+                f" make room and run again with --resume {ours.run_id}"
+            )
+            return None
+        finally:
+            if ours is not None:
+                ours.progress.close()
 
 
 @pytest.hookimpl(trylast=True)
@@ -354,6 +379,8 @@ def pytest_terminal_summary(
     for line in summary_lines(session.rows):
         terminalreporter.write_line(line)
     terminalreporter.write_line(f"each round is kept in {session.folder}")
+    if session.not_written is not None:
+        terminalreporter.write_line(f"ERROR: {session.not_written}", red=True)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

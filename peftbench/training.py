@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -126,7 +126,8 @@ def reference_logratios(
 
 
 def build_optimizer(model: Any, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW over what requires a gradient; fused on a GPU."""
+    """AdamW over what requires a gradient, in its fused form: the others read their step counter
+    with `.item()`, on a GPU a wait for the device in every step."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise RuntimeError("nothing to train: no parameter requires a gradient")
@@ -141,7 +142,7 @@ def build_optimizer(model: Any, settings: Settings) -> torch.optim.Optimizer:
         return optimizer
     return torch.optim.AdamW(
         trained, lr=settings.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS,
-        weight_decay=settings.weight_decay, fused=trained[0].is_cuda,
+        weight_decay=settings.weight_decay, fused=True,
     )  # fmt: skip
 
 
@@ -171,11 +172,32 @@ def batch_loss(
     raise UserError(f"method {method!r} has no native loss; choose from: {', '.join(METHODS)}")
 
 
+@contextmanager
+def masks_from_lengths() -> Iterator[None]:
+    """Let transformers build a given attention mask without looking whether it hides anything.
+
+    It asks with `.item()` in every forward, for which a host waits until the GPU has caught up. Our
+    batches know it from their lengths: those without padding give no mask at all.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
+    def unread(*args: Any, **given: Any) -> Any:  # the library's interface, passed on as it is
+        skip = given.pop("allow_is_causal_skip", True) and given.get("attention_mask") is None
+        return sdpa_mask(*args, allow_is_causal_skip=skip, **given)
+
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = unread  # a local override, by the library's own means
+    try:
+        yield
+    finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
+@masks_from_lengths()
 def train(
     model: Any,
     task: TokenTask,

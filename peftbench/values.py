@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftbench import evaluation
+from peftbench.adapters import ADAPTERS
 from peftbench.batches import token_counts
 from peftbench.case import Case, Settings
 from peftbench.data.task import TokenTask
@@ -195,6 +196,12 @@ def null_reasons(
     reasons["perplexity_floor"] = "the entropy of this text is not known"
     for name in ("host_peak_rss_bytes", "host_peak_rss_delta_bytes"):
         reasons[name] = phases.peak_unavailable or "no /proc on this system"
+    row = ADAPTERS[case.adapter]
+    if row.merges:
+        merge = "the memory left after training did not hold a merged copy"
+    else:
+        merge = f"{case.adapter} does not merge: {row.about}"
+    reasons["merge_s"] = reasons["merge_max_logit_difference"] = merge
     not_quantized = f"{case.adapter} does not quantise its base"
     for name in ("perplexity_unquantized_base", "preference_accuracy_unquantized_base"):
         reasons[name] = not_quantized

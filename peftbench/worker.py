@@ -8,11 +8,13 @@ server only imports: a threaded operation in it would hang every child.
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
-import re
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import types
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from peftbench.case import Case
+from peftbench.privacy import clean_file, without_secrets
 from peftbench.provenance import torch_cuda_version
 
 # On a CUDA build `import peft` imports bitsandbytes, which asks for the device's capability: CUDA
@@ -46,6 +49,9 @@ SERVER_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the user's to mend: no traceback
 
 
 @dataclass(frozen=True)
@@ -114,12 +120,19 @@ class Child:
         self._deadline = time.monotonic() + time_limit_s
         self._time_limit_s = time_limit_s
         self._log = log
+        self._closed = False
+        # of its own, so that a killed child leaves nothing behind
+        self._scratch = tempfile.mkdtemp(dir=log.parent, prefix=".tmp-")
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(  # type: ignore[attr-defined]
-            target=child_main, args=(theirs, job, str(log)), daemon=True
+            target=child_main, args=(theirs, job, str(log), self._scratch), daemon=True
         )
-        with _clean_start():
-            self.process.start()
+        try:
+            with _clean_start():
+                self.process.start()
+        except BaseException:  # Ctrl-C while the server imports: nobody has this object yet
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            raise
         theirs.close()
 
     def __enter__(self) -> Child:
@@ -129,12 +142,20 @@ class Child:
         self.close()
 
     def close(self) -> None:
-        """End the process, whatever it is doing, and free what belongs to it."""
+        """End the process, whatever it is doing, and free what belongs to it.
+
+        May be called again: Ctrl-C can interrupt it, and whoever owns the child then calls it anew.
+        """
+        if self._closed:
+            return
         self._pipe.close()
         self.process.join(timeout=2.0)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        clean_file(self._log)
+        self._closed = True
         self.process.close()
 
     def send(self, message: str) -> None:
@@ -175,6 +196,7 @@ class Child:
         self.process.join(timeout=5.0)
         code = self.process.exitcode
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        clean_file(self._log)
         tail = self._log.read_text(errors="replace")[-2000:] if self._log.exists() else ""
         return Outcome("crashed", self.phase, f"the process died with {how}", tail)
 
@@ -199,12 +221,13 @@ class _Pipe:
         self._connection.send(("trained", seconds))
 
 
-def child_main(connection: Connection, job: dict[str, Any], log: str) -> None:
+def child_main(connection: Connection, job: dict[str, Any], log: str, scratch: str) -> None:
     """Run one job and send its result; what goes wrong becomes a status here and nowhere else."""
     _die_with_parent()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    tempfile.tempdir = os.environ["TMPDIR"] = scratch
     os.environ.update(SERVER_ENVIRONMENT)  # a spawned child has no server to inherit it from
     pipe = _Pipe(connection)
     try:
@@ -233,51 +256,30 @@ def _run(job: dict[str, Any], pipe: _Pipe) -> Any:
 
     case = Case.from_dict(job["case"])
     if job["kind"] == "base":
-        return asdict(pipeline.score_base(case, job["quantize"], pipe))
+        return pipeline.score_base(case, job["quantize"], pipe)
     if job["kind"] == "sentinels":
         return pipeline.time_machine(case, pipe)
     bases = [None if b is None else Quality.from_dict(b) for b in (job["base"], job["unquantized"])]
     return pipeline.run_round(case, bases[0], bases[1], job["peak_flops_per_s"], pipe)
 
 
-_SIZE = r"([\d.]+) (bytes|KiB|MiB|GiB)"
-_OOM_WORDS = {
-    "bytes_asked": rf"[Tt]ried to allocate {_SIZE}",
-    "bytes_total": rf"total capacity of {_SIZE}",
-    "bytes_free": rf"of which {_SIZE} is free",
-}
-
-
-def oom_bytes(message: str) -> dict[str, int]:
-    """What torch's allocators say in words, CUDA's or the CPU's; only what is said."""
-    units = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-    found = {name: re.search(pattern, message) for name, pattern in _OOM_WORDS.items()}
-    return {n: round(float(m[1]) * units[m[2]]) for n, m in found.items() if m is not None}
-
-
 def outcome_of(error: BaseException, phase: str) -> Outcome:
     """The status of an exception that ended a round."""
-    import torch
-
     from peftbench.errors import UserError
     from peftbench.measuring.phases import UnaccountedTimeError
+    from peftbench.out_of_memory import is_out_of_memory, oom_bytes
     from peftbench.pipeline import InvalidTrainingError
 
-    text = "".join(traceback.format_exception(error))
-    lines = str(error).strip().splitlines()
+    text = without_secrets("".join(traceback.format_exception(error)))
+    lines = without_secrets(str(error)).strip().splitlines()
     message = lines[0] if lines else ""
-    # torch's CPU allocator raises a plain RuntimeError, so its words are all there is to go by
-    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError)
-        and any(w in str(error) for w in ("can't allocate memory", "std::bad_alloc"))
-    )
-    if out_of_memory:
+    if is_out_of_memory(error):
         return Outcome(
             "oom", phase, f"{type(error).__name__}: {message}", text, oom_bytes(str(error))
         )
     if isinstance(error, (InvalidTrainingError, UnaccountedTimeError)):
         return Outcome("invalid", phase, message)
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) or getattr(error, "errno", None) in _DISK:
         return Outcome("failed", phase, message)
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

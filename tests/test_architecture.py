@@ -14,12 +14,12 @@ HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "bits
 # modules that only run in a child process, where torch is loaded anyway
 CHILD_ONLY = {
     "pipeline", "training", "evaluation", "batches", "values", "quantization", "weights", "targets",
-    "measuring.phases", "measuring.flops", "measuring.sentinels",
+    "out_of_memory", "measuring.phases", "measuring.flops", "measuring.sentinels",
     "methods.sft", "methods.dpo", "methods.orpo",
 }  # fmt: skip
 
 LAYERS = [
-    {"errors", "metrics", "measuring.nvml"},
+    {"errors", "metrics", "measuring.nvml", "privacy", "out_of_memory"},
     {"case", "record", "data.task", "measuring.host", "progress", "summary", "provenance"},
     {"data.tinywiki", "data.wikipedia", "data.tokens", "methods", "measuring.sampler", "show"},
     {"hub", "model_files", "data.assets", "data.corpus", "data.preference", "measuring.energy"},
@@ -41,7 +41,9 @@ LAYERS = [
     {"values"},
     {"pipeline"},
     {"worker"},
+    {"resume"},
     {"session"},
+    {"rounds"},
     {"plugin", "cli"},
     {"__main__"},
 ]

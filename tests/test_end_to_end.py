@@ -3,59 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from bench_run import ROOT, bench, cases, namespace, own_compare, rows
 
+from peftbench.case import Case, Settings
 from peftbench.metrics import METRICS, PHASES
 from peftbench.worker import PRELOAD_CUDA
-
-ROOT = Path(__file__).parent.parent
-SMALL = ["--preset", "smoke", "--pairs", "32", "--batch-size", "8", "--eval-tokens", "600",
-         "--eval-pairs", "20", "--threads", "1"]  # fmt: skip
-
-
-def bench(folder: Path, *arguments: str, before: tuple[str, ...] = ()) -> tuple[int, str, dict]:
-    """(exit code, what was printed, the JSON) of `pytest bench` with the smallest budget."""
-    target = folder / "run.json"
-    out = subprocess.run(
-        [*before, sys.executable, "-m", "pytest", str(ROOT / "bench"), "--rootdir", str(ROOT),
-         "-p", "no:cacheprovider", f"--benchmark-json={target}", "--results-dir",
-         str(folder / "runs"), *SMALL, *arguments],
-        capture_output=True, text=True, cwd=folder, timeout=400,
-        env=os.environ | {"COLUMNS": "200", "OMP_WAIT_POLICY": "passive"},
-    )  # fmt: skip
-    text = target.read_text() if target.exists() else "{}"
-    return out.returncode, out.stdout + out.stderr, json.loads(text, parse_constant=refuse_constant)
-
-
-def refuse_constant(name: str) -> None:
-    raise AssertionError(f"{name} in the JSON")
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smoke")
-    code, text, run = bench(folder, "--rounds", "2", "--adapters", "lora,full,qlora")
+    some = "not (full and sft) and not (qlora and dpo)"  # each axis twice, in four cases of six
+    code, text, run = bench(folder, "--rounds", "2", "--adapters", "lora,full,qlora", "-k", some)
     assert code == 0, text
     return folder, text, run
 
 
-def rows(run: dict) -> dict[str, dict]:
-    return {b["extra_info"]["case_id"]: b["extra_info"] for b in run["benchmarks"]}
-
-
 def test_every_case_is_in_the_file_and_ok(smoke):
     _, _, run = smoke
-    ids = {f"tiny-gpt2-{a}-{m}" for a in ("lora", "full", "qlora") for m in ("sft", "dpo")}
+    ids = {f"tiny-gpt2-{name}" for name in ("lora-sft", "lora-dpo", "full-dpo", "qlora-sft")}
     assert set(rows(run)) == ids
-    assert {c["case_id"]: c["status"] for c in run["peftbench"]["cases"]} == dict.fromkeys(
-        ids, "ok"
-    )
+    assert {name: case["status"] for name, case in cases(run).items()} == dict.fromkeys(ids, "ok")
     assert all(b["params"]["model"] == "tiny-gpt2" for b in run["benchmarks"])
 
 
@@ -109,13 +82,11 @@ def test_counts_equal_arithmetic(smoke):
             assert row["trainable_params"] == 4 * sum(8 * (i + o) for i, o in shapes)
 
 
-def test_rounds_differ_by_seed_and_a_seed_repeats_bit_for_bit(smoke, tmp_path):
+def test_rounds_differ_by_seed(smoke):
     row = rows(smoke[2])["tiny-gpt2-lora-sft"]
     first, second = row["rounds"]
     assert (first["seed"], second["seed"]) == (0, 1)
     assert first["losses"] != second["losses"]
-    _, _, again = bench(tmp_path, "--seed", "1", "--adapters", "lora", "--methods", "sft")
-    assert rows(again)["tiny-gpt2-lora-sft"]["losses"] == second["losses"]
 
 
 def test_reference_is_charged_to_the_method(smoke):
@@ -141,10 +112,30 @@ def test_qlora_records_both_bases(smoke):
     }  # fmt: skip
 
 
+def test_merging_is_checked_where_an_adapter_merges(smoke):
+    found = rows(smoke[2])
+    for name in ("lora-sft", "lora-dpo", "qlora-sft"):
+        row = found[f"tiny-gpt2-{name}"]
+        assert 0 < row["merge_max_logit_difference"] < 1e-3  # float32: rounding only
+        assert row["merge_s"] > 0
+    full = found["tiny-gpt2-full-dpo"]
+    assert full["merge_s"] is full["merge_max_logit_difference"] is None
+    assert full["null_reasons"]["merge_s"].startswith("full does not merge")
+
+
+def test_time_outside_the_cases_is_accounted_for(smoke):
+    ours = smoke[2]["peftbench"]
+    bases = {(b["model"], b["quantized"], b["dtype"]) for b in ours["bases"]}
+    assert bases == {("tiny-gpt2", False, "float32"), ("tiny-gpt2", True, "float32")}
+    assert all(b["phases"]["evaluate"] > 0 for b in ours["bases"])
+    assert set(ours["sentinels"]) == {"start", "end"}
+    assert all(s["seconds"] > 0 for s in ours["sentinels"].values())
+
+
 def test_every_round_is_on_disk_with_its_provenance(smoke):
     folder, _, run = smoke
     files = list((folder / "runs" / run["peftbench"]["run_id"]).glob("*.json"))
-    assert len(files) == 12
+    assert len(files) == 8
     record = json.loads(files[0].read_text())
     assert record["provenance"]["libraries"]["torch"].startswith("2.")
     assert len(record["weights_hash"]) >= 12
@@ -154,31 +145,34 @@ def test_every_round_is_on_disk_with_its_provenance(smoke):
 
 
 def test_a_local_model_and_data_set_are_recorded_by_name_not_by_place(tmp_path):
-    """Two copies in two places: one case hash, and the file tells neither place."""
-    hashes = set()
-    for place in ("here", "there"):
-        folder = tmp_path / place
+    """Two copies in two places: one case hash, and the file tells no place."""
+
+    def place(name: str) -> tuple[str, str]:
+        folder = tmp_path / name
         shutil.copytree(ROOT / "peftbench/tiny/tiny-gpt2", folder / "my-model")
         pairs = [
             {"prompt": f"p {i} is", "chosen": f" good {i} .", "rejected": f" bad {i} ."}
             for i in range(120)
         ]
         (folder / "my-pairs.jsonl").write_text("\n".join(json.dumps(p) for p in pairs))
-        code, text, run = bench(
-            folder, "--models", str(folder / "my-model"), "--data", str(folder / "my-pairs.jsonl"),
-            "--adapters", "ia3", "--methods", "sft",
-        )  # fmt: skip
-        assert code == 0, text
-        row = rows(run)["my-model-ia3-sft"]
-        assert (row["case"]["model"], row["data"]) == ("my-model", "my-pairs.jsonl")
-        assert str(tmp_path) not in (folder / "run.json").read_text()
-        hashes.add((row["case_hash"], row["data_digest"]))
-    assert len(hashes) == 1
+        return str(folder / "my-model"), str(folder / "my-pairs.jsonl")
+
+    model, data = place("here")
+    code, text, run = bench(
+        tmp_path, "--models", model, "--data", data, "--adapters", "ia3", "--methods", "sft"
+    )
+    assert code == 0, text
+    row = rows(run)["my-model-ia3-sft"]
+    assert (row["case"]["model"], row["data"]) == ("my-model", "my-pairs.jsonl")
+    assert str(tmp_path) not in (tmp_path / "run.json").read_text()
+    model, data = place("there")
+    settings = Settings(**(row["case"]["settings"] | {"data": data}))
+    assert Case(model, "ia3", "sft", settings).hash == row["case_hash"]
 
 
 def test_the_screen_shows_cases_progress_and_a_table(smoke):
     text = smoke[1]
-    assert "[1/6] tiny-gpt2-lora-sft ..." in text
+    assert "[1/4] tiny-gpt2-lora-sft ..." in text
     assert "elapsed, about" in text
     header = next(line for line in text.splitlines() if line.startswith("case "))
     assert "trainable" in header
@@ -187,29 +181,7 @@ def test_the_screen_shows_cases_progress_and_a_table(smoke):
 
 
 def test_pytest_benchmarks_own_compare_reads_the_file(smoke):
-    folder, _, _ = smoke
-    out = subprocess.run(
-        [sys.executable, "-m", "pytest_benchmark", "compare", str(folder / "run.json")],
-        capture_output=True, text=True, check=False, cwd=folder,
-    )  # fmt: skip
-    assert out.returncode == 0, out.stderr
-    assert "tiny-gpt2-lora-sft" in out.stdout
-
-
-def test_a_failing_case_keeps_the_others_and_the_file(tmp_path):
-    """A learning rate of 1e30 makes the loss NaN: `invalid`; the file stays readable."""
-    code, text, run = bench(
-        tmp_path, "--adapters", "lora", "--learning-rate", "1e30", "--max-grad-norm", "0"
-    )
-    assert code == 1, text
-    assert {c["status"] for c in run["peftbench"]["cases"]} == {"invalid"}
-    assert all("the loss is nan" in c["reason"] for c in run["peftbench"]["cases"])
-    assert run["benchmarks"] == []
-    out = subprocess.run(
-        [sys.executable, "-m", "pytest_benchmark", "compare", str(tmp_path / "run.json")],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
-    assert "Traceback" not in out.stderr
+    assert "tiny-gpt2-lora-sft" in own_compare(smoke[0])
 
 
 def test_a_case_over_its_time_limit_is_a_timeout(tmp_path):
@@ -260,21 +232,19 @@ def test_collecting_the_nightly_matrix_imports_no_torch(tmp_path):
     assert out.stdout.splitlines()[-1] == "False"
 
 
-def test_the_network_is_not_needed(tmp_path):
+def test_without_a_network_a_seed_repeats_bit_for_bit(tmp_path, smoke):
     """The whole run in a network namespace of its own, where only loopback exists."""
-    cut = ("unshare", "--net", "--map-root-user")
-    if shutil.which("unshare") is None:
-        pytest.skip("needs unshare: apt-get install util-linux")
-    if subprocess.run([*cut, "true"], check=False, capture_output=True).returncode != 0:
-        cut = cut[:2]  # already root in a container that forbids user namespaces
-    check = subprocess.run([*cut, "cat", "/proc/net/dev"], capture_output=True, text=True)
-    if check.returncode != 0:
-        pytest.skip("this system forbids network namespaces: " + check.stderr.strip())
-    interfaces = {line.split(":")[0].strip() for line in check.stdout.splitlines()[2:]}
-    assert interfaces == {"lo"}
-    code, text, run = bench(tmp_path, "--adapters", "lora", "--methods", "sft", before=cut)
+    cut = namespace("net")
+    devices = subprocess.run(
+        [*cut, "cat", "/proc/net/dev"], capture_output=True, text=True, check=True
+    )
+    assert {line.split(":")[0].strip() for line in devices.stdout.splitlines()[2:]} == {"lo"}
+    options = ("--adapters", "lora", "--methods", "sft", "--seed", "1")
+    code, text, run = bench(tmp_path, *options, before=cut)
     assert code == 0, text
-    assert rows(run)["tiny-gpt2-lora-sft"]["status"] == "ok"
+    second = rows(smoke[2])["tiny-gpt2-lora-sft"]["rounds"][1]
+    assert second["seed"] == 1
+    assert rows(run)["tiny-gpt2-lora-sft"]["losses"] == second["losses"]
 
 
 def test_preloading_for_cuda_builds_asks_nothing_of_the_device():

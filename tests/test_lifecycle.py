@@ -8,37 +8,20 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from bench_run import bench, cases, finish, namespace, own_compare, read, start
 
-from peftbench.case import parse_bytes
+from peftbench.case import Case, Settings, parse_bytes
+from peftbench.out_of_memory import oom_bytes
 from peftbench.record import dumps
-from peftbench.session import provenance_difference
-from peftbench.worker import oom_bytes, outcome_of
+from peftbench.resume import provenance_difference, settings_difference
+from peftbench.worker import outcome_of
 
-ROOT = Path(__file__).parent.parent
-TINY = ["--preset", "smoke", "--pairs", "32", "--batch-size", "8", "--eval-tokens", "600",
-        "--eval-pairs", "20", "--threads", "1"]  # fmt: skip
-LONG = ["--pairs", "1600"]  # seconds of training, so that something can happen meanwhile
-
-
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "pytest", str(ROOT / "bench"), "--rootdir", str(ROOT),
-         "-p", "no:cacheprovider", f"--benchmark-json={folder / 'run.json'}", "--results-dir",
-         str(folder / "runs"), *TINY, *arguments],
-        cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=os.environ | {"COLUMNS": "200", "OMP_WAIT_POLICY": "passive"},
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    text, _ = process.communicate(timeout=300)
-    return process.returncode, text
+LONG = ["--pairs", "800"]  # seconds of training, so that something can happen meanwhile
 
 
 def family(pid: int) -> Iterator[int]:
@@ -79,11 +62,6 @@ def child_of(process: subprocess.Popen[str], case: str) -> int:
     return pid
 
 
-def cases(folder: Path) -> dict[str, dict]:
-    run = json.loads((folder / "run.json").read_text())
-    return {case["case_id"]: case for case in run["peftbench"]["cases"]}
-
-
 def alive(pids: Iterable[int]) -> list[int]:
     """Those that run, a zombie that nobody has waited for excepted."""
     states = {}
@@ -101,28 +79,19 @@ def assert_nothing_left(folder: Path, pids: Iterable[int]) -> None:
     assert list(folder.rglob(".tmp-*")) == []
 
 
-@pytest.mark.parametrize(
-    ("number", "name"),
-    [(signal.SIGKILL, "9"), pytest.param(signal.SIGSEGV, "11", marks=pytest.mark.verify)],
-)
-def test_a_child_killed_by_a_signal_is_crashed_and_the_next_case_runs(tmp_path, number, name):
+def test_a_killed_child_is_crashed_and_the_next_case_runs(tmp_path):
     process = start(tmp_path, "--methods", "sft", *LONG)
     child = child_of(process, "tiny-gpt2-lora-sft")
     started = set(family(process.pid))
-    os.kill(child, number)
+    os.kill(child, signal.SIGKILL)
     code, text = finish(process)
     assert code == 1, text
-    lora, full = (cases(tmp_path)[f"tiny-gpt2-{a}-sft"] for a in ("lora", "full"))
+    lora, full = (cases(read(tmp_path))[f"tiny-gpt2-{a}-sft"] for a in ("lora", "full"))
     assert lora["status"] == "crashed"
-    assert lora["reason"] == f"the process died with signal {name}"
+    assert lora["reason"] == "the process died with signal 9"
     assert full["status"] == "ok"
     assert_nothing_left(tmp_path, started)
-    out = subprocess.run(
-        [sys.executable, "-m", "pytest_benchmark", "compare", str(tmp_path / "run.json")],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
-    assert out.returncode == 0, out.stderr
-    assert "tiny-gpt2-full-sft" in out.stdout
+    assert "tiny-gpt2-full-sft" in own_compare(tmp_path)
 
 
 @pytest.mark.verify
@@ -134,18 +103,139 @@ def test_a_child_that_stands_still_is_a_timeout(tmp_path):
     os.kill(child, signal.SIGSTOP)
     code, text = finish(process)
     assert code == 1, text
-    assert cases(tmp_path)["tiny-gpt2-lora-sft"]["status"] == "timeout"
+    assert cases(read(tmp_path))["tiny-gpt2-lora-sft"]["status"] == "timeout"
     assert_nothing_left(tmp_path, started)
+
+
+TOKEN = "hf_plantedSecretOfTheUser"
+CUDA_OOM = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139.81 GiB of"
+    " which 10.19 MiB is free. Including non-PyTorch memory, this process has 139.79 GiB in use."
+)
+# Python runs this file in every process; only the fork server, and so each child, takes part
+SABOTAGE = f"""
+import ctypes, os, sys
+if "multiprocessing.forkserver" in " ".join(sys.orig_argv):
+    import torch
+    from peftbench import training
+    honest, calls = training.batch_loss, []
+    def batch_loss(*arguments, **named):
+        calls.append(1)
+        loss = honest(*arguments, **named)
+        case = os.path.basename(os.readlink("/proc/self/fd/1"))
+        if len(calls) < 4:
+            return loss
+        if "lora-sft" in case:
+            raise torch.OutOfMemoryError({CUDA_OOM!r})
+        if "full-sft" in case:
+            return loss * float("nan")
+        if "full-dpo" in case:
+            ctypes.string_at(0)
+        if "lora-dpo" in case:
+            print("the token is", os.environ["HF_TOKEN"], flush=True)
+            raise ConnectionError("no answer from https://user:password-1@hub/?t={TOKEN}")
+        return loss
+    training.batch_loss = batch_loss
+"""
+
+
+def test_each_way_to_end_has_its_status_and_leaves_nothing_behind(tmp_path):
+    """In one run: out of GPU memory, NaN, an exception with a token in it, a segmentation fault."""
+    for name in ("inject", "temporary"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "inject" / "sitecustomize.py").write_text(SABOTAGE)
+    environment = {
+        "PYTHONPATH": str(tmp_path / "inject"), "TMPDIR": str(tmp_path / "temporary"),
+        "HF_TOKEN": TOKEN, "GIT_URL": f"https://user:{TOKEN}@somewhere.example/repository",
+    }  # fmt: skip
+    semaphores = set(Path("/dev/shm").iterdir())
+    code, text, run = bench(tmp_path, "--adapters", "lora,full,ia3", environment=environment)
+    assert code == 1, text
+    found = cases(run)
+    assert {name.removeprefix("tiny-gpt2-"): c["status"] for name, c in found.items()} == {
+        "lora-sft": "oom", "lora-dpo": "failed", "full-sft": "invalid", "full-dpo": "crashed",
+        "ia3-sft": "ok", "ia3-dpo": "ok",
+    }  # fmt: skip
+    assert {c["phase"] for c in found.values() if c["status"] in ("oom", "failed")} == {"train"}
+    oom = found["tiny-gpt2-lora-sft"]
+    assert oom["oom"]["bytes_asked"] == 20 * 2**20
+    assert oom["oom"]["bytes_free"] == round(10.19 * 2**20)
+    assert found["tiny-gpt2-full-sft"]["reason"] == "the loss is nan at step 4"
+    assert found["tiny-gpt2-full-dpo"]["reason"] == "the process died with signal 11"
+    failed = found["tiny-gpt2-lora-dpo"]["reason"]
+    assert failed.startswith("ConnectionError: no answer from https://***@hub/?t=*** (")
+    assert "sitecustomize.py" in failed  # the last frame
+    assert "tiny-gpt2-ia3-dpo" in own_compare(tmp_path)
+
+    assert TOKEN not in text
+    assert "Traceback" in text  # of the case that failed, without its secrets
+    written = [f for folder in ("runs", "temporary") for f in (tmp_path / folder).rglob("*")]
+    files = [tmp_path / "run.json", *(f for f in written if f.is_file())]
+    assert any("the token is ***" in f.read_text() for f in files)
+    assert [f for f in files if TOKEN in f.read_text() or "password-1" in f.read_text()] == []
+    # torch makes the folder of its compiler's cache on import, for every process of the user
+    left = {f.name.partition("_")[0] for f in (tmp_path / "temporary").iterdir()}
+    assert left <= {"torchinductor"}
+    assert list(tmp_path.rglob(".tmp-*")) == []
+    assert set(Path("/dev/shm").iterdir()) <= semaphores
+    assert (
+        str(tmp_path)
+        not in subprocess.run(
+            ["ps", "-eo", "args"], capture_output=True, text=True, check=True
+        ).stdout
+    )
+
+
+def test_a_full_disk_keeps_what_was_written_and_says_how_to_go_on(tmp_path):
+    """A real one: a small file system of its own, filled while the second case runs."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    own = namespace("mount")
+    keeper = subprocess.Popen(
+        [*own, "sh", "-c", f"mount -t tmpfs -o size=16m none {disk} && exec sleep 600"]
+    )
+    enter = ("nsenter", "-t", str(keeper.pid), "--mount")
+    if "--map-root-user" in own:
+        enter += ("--user", "--preserve-credentials")
+    inside = Path(f"/proc/{keeper.pid}/root{disk}")
+    options = ("--methods", "sft", "--results-dir", str(disk / "runs"),
+               f"--benchmark-json={disk / 'run.json'}")  # fmt: skip
+    try:
+        wait_for(lambda: inside.is_mount())
+        process = start(tmp_path, *options, before=enter)
+        (first,) = wait_for(lambda: list(inside.glob("runs/*/tiny-gpt2-lora-sft-*-r0.json")))
+        with contextlib.suppress(OSError), (inside / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(b"x" * 4096)
+        code, text = finish(process)
+        assert code == 3, text
+        assert "tiny-gpt2-full-sft  failed in save: " in text
+        assert "No space left on device" in text
+        assert "run.json could not be written (No space left on device)" in text
+        assert "Traceback" not in text
+        assert json.loads(first.read_text())["status"] == "ok"
+        run_id = first.parent.name
+        assert f"run again with --resume {run_id}" in text
+
+        (inside / "filler").unlink()
+        code, text = finish(start(tmp_path, *options, "--resume", run_id, before=enter))
+        assert code == 0, text
+        run = json.loads((inside / "run.json").read_text())
+        assert {c["status"] for c in cases(run).values()} == {"ok"}
+        assert "[2/2] tiny-gpt2-full-sft" in text
+    finally:
+        keeper.kill()
+        keeper.wait()
 
 
 def test_ctrl_c_keeps_what_is_finished_and_prints_the_table(tmp_path):
     process = start(tmp_path, "--methods", "sft", "--adapters", "lora,full", *LONG)  # fmt: skip
-    wait_for(lambda: list((tmp_path / "runs").glob("*/tiny-gpt2-lora-sft-*.json")))
+    child_of(process, "tiny-gpt2-full-sft")
     started = set(family(process.pid))
     process.send_signal(signal.SIGINT)
     code, text = finish(process)
     assert code == 2, text
-    statuses = {name: case["status"] for name, case in cases(tmp_path).items()}
+    statuses = {name: case["status"] for name, case in cases(read(tmp_path)).items()}
     assert statuses == {"tiny-gpt2-lora-sft": "ok", "tiny-gpt2-full-sft": "interrupted"}
     assert "peftbench: 2 cases" in text
     assert_nothing_left(tmp_path, started)
@@ -156,7 +246,7 @@ def test_a_round_beyond_its_memory_limit_is_out_of_memory(tmp_path):
                     "--eval-tokens", "300000", "--host-memory-limit", "700MiB")  # fmt: skip
     code, text = finish(process)
     assert code == 0, text  # out of memory is an answer
-    case = cases(tmp_path)["tiny-gpt2-lora-sft"]
+    case = cases(read(tmp_path))["tiny-gpt2-lora-sft"]
     assert case["status"] == "oom", case
     assert case["phase"].removeprefix("base: ") == "evaluate"
     assert case["oom"]["bytes_asked"] > 10_000_000
@@ -190,14 +280,29 @@ def test_a_run_killed_at_a_random_moment_is_resumed_and_repeats_nothing(tmp_path
     assert (folder / "torn.json").read_text() == '{"case_hash": '
 
     changed = json.loads((folder / next(iter(after))).read_text())
+    peft = changed["provenance"]["libraries"]["peft"]
     changed["provenance"]["libraries"]["peft"] = "0.1"
     (folder / next(iter(after))).write_text(dumps(changed))
     code, text = finish(start(tmp_path, *options, "--resume", folder.name))
     assert code == 4
     assert f"cannot resume {folder.name}: its peft was 0.1, now it is" in text
+    changed["provenance"]["libraries"]["peft"] = peft
+    (folder / next(iter(after))).write_text(dumps(changed))
+    code, text = finish(start(tmp_path, *options, "--seed", "7", "--resume", folder.name))
+    assert code == 4
+    assert f"cannot resume {folder.name}: tiny-gpt2-full-sft had seed 0, now it is 7" in text
     code, text = finish(start(tmp_path, *options, "--resume", "yesterday"))
     assert code == 4
     assert f"no run 'yesterday' in ./runs; there are: {folder.name}" in text
+
+
+def test_a_setting_that_a_resumed_run_would_mix_is_named():
+    case = Case("tiny-gpt2", "lora", "sft", Settings(seed=3))
+    record = {"case_hash": case.hash, "case": case.public().to_dict()}
+    assert settings_difference(record, case) is None
+    assert settings_difference(record, case.with_seed(5)) == (
+        "tiny-gpt2-lora-sft had seed 3, now it is 5"
+    )
 
 
 def test_what_a_resumed_run_would_mix_is_named():
@@ -208,12 +313,6 @@ def test_what_a_resumed_run_would_mix_is_named():
     assert provenance_difference(now | {"cpu_cores": 4}, now) == "its cpu_cores was 4, now it is 2"
     added = now | {"libraries": {"peft": "1"}}
     assert provenance_difference(added, now) == "its torch was None, now it is 2"
-
-
-CUDA_OOM = (
-    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139.81 GiB of"
-    " which 10.19 MiB is free. Including non-PyTorch memory, this process has 139.79 GiB in use."
-)
 
 
 def test_an_out_of_memory_tells_what_was_asked_and_what_was_free():

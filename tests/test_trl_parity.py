@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -379,3 +380,91 @@ def test_a_trl_without_the_experimental_orpo_is_refused_in_one_line(
         trl_engine.train(
             model, make_task(40), settings, "orpo", Gate(), reference_of(model, "lora")
         )
+
+
+class SyncCounter(TorchDispatchMode):
+    """Counts, while its window is open, what would make the host wait for a GPU.
+
+    That is reading a value (`.item()`, `float()`, `bool()`) and everything whose result's shape
+    depends on values. It also counts `synchronize`, of which a window has one at each end.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = False
+        self.waits: list[str] = []
+        self.synchronized = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool
+            for argument in args
+            if isinstance(argument, (list, tuple))
+            for i in argument
+        )
+        waits = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"}
+        if self.open and (name in waits or by_mask):
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def synchronize(self, device: torch.device) -> None:
+        self.synchronized += 1
+
+    # the gate of a training
+    def prepared(self) -> None: ...
+
+    def reference_done(self) -> None: ...
+
+    def warmed_up(self) -> None:
+        assert self.synchronized == 2  # before the warm-up and, just now, after it
+        self.open = True
+
+    def trained(self) -> None:
+        assert self.synchronized == 3
+        self.open = False
+
+
+def waits_in_the_window(
+    engine: Any, model: Any, settings: Settings, method: str, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    counter = SyncCounter()
+    monkeypatch.setattr(training, "synchronize", counter.synchronize)
+    with counter:
+        engine.train(
+            model, make_task(settings.pairs), settings, method, counter,
+            reference_of(model, "lora"),
+        )  # fmt: skip
+    return counter.waits
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_in_the_native_window_waits_for_the_device(
+    bases: dict[str, Path], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings(pairs=24, gradient_accumulation=2, warmup_steps=1)
+    model = build(bases["llama"], "lora", settings)
+    assert waits_in_the_window(training, model, settings, method, monkeypatch) == []
+    # the counter does count: a loss that is read in every micro-batch is seen 4 times in 2 steps
+    honest = training.batch_loss
+
+    def reads_its_loss(*arguments: Any, **named: Any) -> torch.Tensor:
+        loss = honest(*arguments, **named)
+        loss.item()
+        return loss
+
+    monkeypatch.setattr(training, "batch_loss", reads_its_loss)
+    found = waits_in_the_window(training, model, settings, method, monkeypatch)
+    assert found == ["_local_scalar_dense"] * 4
+
+
+@pytest.mark.parametrize(("method", "a_micro_batch"), [("sft", 5), ("dpo", 15), ("orpo", 11)])
+def test_trl_waits_as_often_as_its_own_metrics_do(
+    bases: dict[str, Path], method: str, a_micro_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers that trl_engine.py states: its trainers' own and transformers', none ours."""
+    settings = make_settings(pairs=24, gradient_accumulation=2, warmup_steps=1)
+    model = build(bases["llama"], "lora", settings)
+    found = waits_in_the_window(trl_engine, model, settings, method, monkeypatch)
+    mask = 2  # transformers looks twice whether a mask hides anything
+    assert found.count("_local_scalar_dense") == 4 * (a_micro_batch + mask), found
