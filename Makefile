@@ -7,12 +7,13 @@ RUN_JSON ?= output/run.json
 TORCH_INDEX ?=
 ARGS ?=
 
-.PHONY: help install bench test lint verify glossary clean
+.PHONY: help install bench test lint verify overhead glossary clean
 help:
 	@echo "make bench    the quick preset: 30 cases, a few minutes on a CPU -> $(RUN_JSON)"
 	@echo "make test     all tests that need no GPU, and the linters (under 10 minutes)"
 	@echo "make lint     ruff and mypy"
 	@echo "make verify   the long proofs (an hour): three seeds, the real model; PARTS=\"a b\" picks some"
+	@echo "make overhead what measuring itself costs: the sampler, and what a run spends outside its phases"
 	@echo "make glossary write the METRICS table into README.md"
 
 $(VENV)/.installed: requirements.lock pyproject.toml scripts/before_install.py
@@ -41,6 +42,9 @@ lint: install
 PARTS ?= all
 verify: install
 	$(BIN)/python scripts/verify.py $(PARTS)
+
+overhead: install
+	$(BIN)/python scripts/overhead.py $(ARGS)
 
 glossary: install
 	$(BIN)/python scripts/glossary.py README.md

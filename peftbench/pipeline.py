@@ -74,7 +74,7 @@ class Gate:
         self._phases.enter("train", hold=self._parent.ready)
 
     def trained(self) -> None:
-        self._parent.trained(self._phases.leave())
+        self._phases.leave(stopped=self._parent.trained)
 
 
 def run_round(
@@ -414,9 +414,14 @@ def time_machine(case: Case, parent: Parent) -> dict[str, Any]:
     """The case's device and its sentinels: what it does now, whatever is trained on it."""
     device = prepare_process(case.settings)
     parent.phase("sentinels")
-    began = time.monotonic()
+    start_unix_s, began = time.time(), time.monotonic()
     found = time_sentinels(device)
-    return {"device": device_name(device), "seconds": time.monotonic() - began, **found}
+    return {
+        "device": device_name(device),
+        "start_unix_s": start_unix_s,
+        "seconds": time.monotonic() - began,
+        **found,
+    }
 
 
 def kl_of(model: Any, fresh_base: Any, quality: Quality, task: TokenTask, case: Case) -> float:

@@ -79,7 +79,8 @@ def process_context() -> BaseContext:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD_CUDA if torch_cuda_version() else PRELOAD_CPU))
+    preload = PRELOAD_CUDA if torch_cuda_version() else PRELOAD_CPU
+    context.set_forkserver_preload([*preload, "peftbench.preloaded"])
     return context
 
 

@@ -31,6 +31,8 @@ PARTS: dict[str, list[list[str]]] = {
     # the quick preset with the network cut: no interface but loopback exists for it
     "offline": [["unshare", "--net", "--map-root-user", *PYTEST, "bench", "--preset", "quick",
                  f"--benchmark-json={JSON.format('offline')}"]],
+    # what measuring costs: the GPUs' sampler, and the wall time outside all phases
+    "overhead": [[sys.executable, "scripts/overhead.py"]],
     # what the README says the quick preset learns, on each of three seeds
     "three-seeds": [
         [*PYTEST, "bench", "--seeds", "3", f"--benchmark-json={JSON.format('seeds')}"],

@@ -19,7 +19,7 @@ CHILD_ONLY = {
 }  # fmt: skip
 
 LAYERS = [
-    {"errors", "metrics", "measuring.nvml", "privacy", "out_of_memory"},
+    {"errors", "metrics", "measuring.nvml", "privacy", "out_of_memory", "preloaded"},
     {"case", "record", "data.task", "measuring.host", "progress", "summary", "provenance"},
     {"data.tinywiki", "data.wikipedia", "data.tokens", "methods", "measuring.sampler", "show"},
     {"hub", "model_files", "data.assets", "data.corpus", "data.preference", "measuring.energy"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 
@@ -33,12 +34,16 @@ def test_every_case_is_in_the_file_and_ok(smoke):
 
 
 def test_stats_are_the_training_time(smoke):
+    differences = []
     for benchmark in smoke[2]["benchmarks"]:
         ours = [r["train_s"] for r in benchmark["extra_info"]["rounds"]]
         theirs = benchmark["stats"]["data"]
         assert len(ours) == len(theirs) == 2
-        # generous on a busy machine; the two clocks differ by a message through a pipe
-        assert all(abs(a - b) < 0.05 for a, b in zip(ours, theirs, strict=True))
+        differences += [b - a for a, b in zip(ours, theirs, strict=True)]
+    # two messages through a pipe; a busy machine may hold one of them up, not most
+    assert min(differences) >= 0
+    assert statistics.median(differences) < 0.005
+    assert max(differences) < 0.05
 
 
 def test_every_metric_is_a_number_or_null_with_a_reason(smoke):

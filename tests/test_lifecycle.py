@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
-from bench_run import bench, cases, finish, namespace, own_compare, read, start
+from bench_run import bench, cases, finish, namespace, own_compare, read, rows, start
 
 from peftbench.case import Case, Settings, parse_bytes
 from peftbench.out_of_memory import oom_bytes
@@ -252,32 +252,75 @@ def test_a_round_beyond_its_memory_limit_is_out_of_memory(tmp_path):
     assert case["oom"]["bytes_asked"] > 10_000_000
 
 
-def test_a_run_killed_at_a_random_moment_is_resumed_and_repeats_nothing(tmp_path):
-    options = ["--adapters", "lora,full", "--methods", "sft", "--rounds", "2"]
-    process = start(tmp_path, *options)
-    wait_for(lambda: list((tmp_path / "runs").glob("*/*-r0.json")))
-    time.sleep(random.Random(str(tmp_path)).uniform(0, 6))
+def kill_and_resume(folder: Path, options: list[str], wait: Callable[[], object]) -> str:
+    """Kill pytest -9 when `wait` returns, resume the run, and hold what must be true of both.
+
+    Returns the run's id.
+    """
+    process = start(folder, *options)
+    wait()
     started = set(family(process.pid))
     process.kill()
     process.communicate()
     wait_for(lambda: not alive(started), 10)  # the child does not train on for nobody
-    (folder,) = (tmp_path / "runs").iterdir()
-    (folder / ".tmp-torn").write_text("{")
-    before = {f.name: f.read_bytes() for f in folder.glob("*-r?.json")}
-    (folder / "torn.json").write_text('{"case_hash": ')
-    code, text = finish(start(tmp_path, *options, "--resume", folder.name))
+    runs = list((folder / "runs").iterdir())
+    if not runs:  # nothing had begun
+        return ""
+    (runs_folder,) = runs
+    (runs_folder / ".tmp-torn").write_text("{")
+    (runs_folder / "torn.json").write_text('{"case_hash": ')
+    before = {f.name: f.read_bytes() for f in runs_folder.glob("*-r?.json")}
+    code, text = finish(start(folder, *options, "--resume", runs_folder.name))
     assert code == 0, text
     assert "torn.json is no round of run" in text
-    assert not (folder / ".tmp-torn").exists()
-    after = {f.name: f.read_bytes() for f in folder.glob("*-r?.json")}
-    assert before.items() <= after.items()
-    assert len(after) == 4
-    run = json.loads((tmp_path / "run.json").read_text())
-    for benchmark in run["benchmarks"]:
+    assert (runs_folder / "torn.json").read_text() == '{"case_hash": '
+    assert list(runs_folder.glob(".tmp-*")) == []
+    after = {f.name: f.read_bytes() for f in runs_folder.glob("*-r?.json")}
+    assert before.items() <= after.items()  # finished rounds are not repeated
+    for benchmark in read(folder)["benchmarks"]:
         ours = [r["train_s"] for r in benchmark["extra_info"]["rounds"]]
         assert benchmark["stats"]["data"] == pytest.approx(ours, abs=0.05)
-        assert [r["seed"] for r in benchmark["extra_info"]["rounds"]] == [0, 1]
-    assert (folder / "torn.json").read_text() == '{"case_hash": '
+    return runs_folder.name
+
+
+def records_of(run: dict) -> dict[tuple[str, int], list[float]]:
+    """What an undisturbed run gives again: each round's losses, by case and seed."""
+    return {
+        (name, r["seed"]): r["losses"] for name, row in rows(run).items() for r in row["rounds"]
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(records of the smoke preset, seconds that it took)."""
+    folder, began = tmp_path_factory.mktemp("undisturbed"), time.monotonic()
+    code, text, run = bench(folder)
+    assert code == 0, text
+    return records_of(run), time.monotonic() - began
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("number", range(20))
+def test_a_run_killed_at_any_moment_is_resumed_to_the_same_records(tmp_path, undisturbed, number):
+    moment_s = random.Random(number).uniform(0.0, undisturbed[1])
+    run_id = kill_and_resume(tmp_path, [], lambda: time.sleep(moment_s))
+    if run_id == "":
+        assert moment_s < 10  # so early that no folder was there
+        return
+    assert records_of(read(tmp_path)) == undisturbed[0]
+
+
+def test_a_killed_run_is_resumed_and_a_changed_one_refused(tmp_path):
+    options = ["--adapters", "lora,full", "--methods", "sft", "--rounds", "2"]
+    run_id = kill_and_resume(
+        tmp_path, options, lambda: wait_for(lambda: list(tmp_path.glob("runs/*/*-r0.json")))
+    )
+    folder = tmp_path / "runs" / run_id
+    assert set(records_of(read(tmp_path))) == {
+        (f"tiny-gpt2-{a}-sft", seed) for a in ("lora", "full") for seed in (0, 1)
+    }
+    after = sorted(f.name for f in folder.glob("*-r?.json"))
+    assert len(after) == 4
 
     changed = json.loads((folder / next(iter(after))).read_text())
     peft = changed["provenance"]["libraries"]["peft"]

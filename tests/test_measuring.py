@@ -5,20 +5,28 @@ from __future__ import annotations
 import gc
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from peftbench import training
 from peftbench.case import Case, Settings
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.measuring import host, phases
 from peftbench.measuring.flops import count_flops
 from peftbench.measuring.phases import PhaseReading, Phases, UnaccountedTimeError
 from peftbench.measuring.sentinels import time_sentinels
+from peftbench.pipeline import Gate
 from peftbench.training import gradient_bytes, state_bytes
 from peftbench.values import disturbances, work_values
 
@@ -36,7 +44,7 @@ def test_a_sleep_of_known_length_is_reported_within_2_percent():
     watch = clock()
     watch.enter("train")
     time.sleep(0.5)
-    assert watch.leave() == pytest.approx(0.5, rel=0.02)
+    watch.leave()
     assert watch.readings["train"].seconds == pytest.approx(0.5, rel=0.02)
 
 
@@ -46,7 +54,8 @@ def test_a_spin_of_known_cpu_time_is_reported_within_5_percent():
     end = time.process_time() + 0.5
     while time.process_time() < end:
         pass
-    seconds = watch.leave()
+    watch.leave()
+    seconds = watch.readings["train"].seconds
     other = watch.readings["train"].other_cpu_s
     assert other is not None
     # what the processor did not give to this process it gave to others, or nobody wanted
@@ -73,6 +82,63 @@ for name in ("load", "train"):
     load, train = (int(line) for line in out.stdout.split())
     assert load == pytest.approx(500 * MB, rel=0.01)
     assert train == pytest.approx(50 * MB, rel=0.02)  # the load's peak is not the training's
+
+
+def trained_with(extra: Callable[[], object], monkeypatch) -> tuple[list[float], int]:
+    """(step seconds, growth of the resident memory in `train`) of the real loop on a tiny model,
+    `extra` happening inside each of its steps."""
+    config = GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=1, n_positions=16)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config)
+    pairs = tuple(TokenPair((1, 2), (3, 4), (5,)) for _ in range(6))
+    task = TokenTask("", "", pairs, (), (), (), 0, None, 0, 0)
+    settings = Settings(pairs=6, batch_size=1, warmup_steps=1, device="cpu", learning_rate=1e-3)
+    honest = training.batch_loss
+
+    def with_extra(*arguments: Any, **named: Any) -> torch.Tensor:
+        extra()
+        return honest(*arguments, **named)
+
+    watch = clock()
+    watch.enter("import")
+    watch.imported()
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "batch_loss", with_extra)
+        found = training.train(
+            model, task, settings, "sft",
+            Gate(watch, SimpleNamespace(ready=lambda: None, trained=lambda seconds: None)),
+            nullcontext(),
+        )  # fmt: skip
+    train = watch.readings["train"]
+    assert sum(found.step_s[1:]) == pytest.approx(train.seconds, rel=0.02, abs=0.005)
+    assert train.host_peak_rss_bytes is not None
+    assert watch.start_rss_bytes is not None
+    return found.step_s[1:], train.host_peak_rss_bytes - watch.start_rss_bytes
+
+
+def test_what_happens_inside_a_step_is_in_its_time_and_memory(monkeypatch):
+    took: list[float] = []
+
+    def sleep() -> None:
+        began = time.perf_counter()
+        time.sleep(0.2)
+        took.append(time.perf_counter() - began)
+
+    def spin() -> None:
+        began = time.perf_counter()
+        while time.perf_counter() < began + 0.2:
+            pass
+        took.append(time.perf_counter() - began)
+
+    trained_with(lambda: None, monkeypatch)  # the library's own first allocations
+    plain_s, plain_bytes = trained_with(lambda: None, monkeypatch)
+    for extra, tolerance in ((sleep, 0.02), (spin, 0.05)):
+        took.clear()
+        step_s, _ = trained_with(extra, monkeypatch)
+        known_s = statistics.median(took[1:]) + statistics.median(plain_s)
+        assert statistics.median(step_s) == pytest.approx(known_s, rel=tolerance)
+    _, grown = trained_with(lambda: bytearray(300 * MB), monkeypatch)
+    assert grown - plain_bytes == pytest.approx(300 * MB, rel=0.01)
 
 
 def test_phases_that_leave_time_out_are_refused(monkeypatch):

@@ -78,14 +78,19 @@ class Phases:
         self.leave()
         self.start_rss_bytes = host.rss_bytes()
 
-    def leave(self) -> float:
-        """End the current phase, if any; returns its seconds."""
+    def leave(self, stopped: Callable[[float], None] | None = None) -> None:
+        """End the current phase, if any.
+
+        `stopped` is told its seconds as soon as the clock stands, before the peaks are read.
+        """
         if self._name is None:
-            return 0.0
+            return
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._last_ended = time.monotonic()
         seconds = self._last_ended - self._started
+        if stopped is not None:
+            stopped(seconds)
         cuda = self._device.type == "cuda"
         energy_j = (
             None
@@ -102,7 +107,6 @@ class Phases:
             energy_j,
         )
         self._name = None
-        return seconds
 
     def check_sum(self) -> None:
         """Raise UnaccountedTimeError if the phases are not the round, to 2 % or 50 ms.
