@@ -413,13 +413,17 @@ def first_batch_flops(model: Any, case: Case, task: TokenTask) -> int | None:
 def time_machine(case: Case, parent: Parent) -> dict[str, Any]:
     """The case's device and its sentinels: what it does now, whatever is trained on it."""
     device = prepare_process(case.settings)
-    parent.phase("sentinels")
-    start_unix_s, began = time.time(), time.monotonic()
+    phases = Phases(device, parent.phase)
+    start_unix_s = time.time()
+    phases.enter("sentinels")
     found = time_sentinels(device)
+    phases.leave()
+    reading = phases.readings["sentinels"]
     return {
         "device": device_name(device),
         "start_unix_s": start_unix_s,
-        "seconds": time.monotonic() - began,
+        "seconds": reading.seconds,
+        "other_cpu_ratio": values.other_cpu_ratio(reading),
         **found,
     }
 

@@ -15,6 +15,7 @@ from typing import Any
 from peftbench import provenance
 from peftbench.case import Case
 from peftbench.errors import UserError
+from peftbench.measuring.host import MOST_OTHER_CPU_RATIO
 from peftbench.measuring.nvml import Device, open_devices
 from peftbench.measuring.sampler import Sampler
 from peftbench.privacy import without_paths
@@ -86,9 +87,15 @@ class Session:
             self.sentinels[moment] = None
 
     def peak_flops_per_s(self, case: Case) -> float | None:
-        """The device's rate in a large matrix product of the case's compute dtype."""
+        """The device's rate in a large matrix product of the case's compute dtype.
+
+        None where it was not timed, or beside other processes: a utilisation must not profit.
+        """
         start = self.sentinels.get("start")
-        return None if start is None else start[f"matmul_{case.settings.dtype}_flops_per_s"]
+        if start is None or (start["other_cpu_ratio"] or 0.0) > MOST_OTHER_CPU_RATIO:
+            return None
+        rate: float = start[f"matmul_{case.settings.dtype}_flops_per_s"]
+        return rate
 
     def earlier(self, case: Case, seed: int) -> dict[str, Any] | None:
         """The record of a round that was finished before this run was interrupted.

@@ -14,6 +14,7 @@ from peftbench.batches import token_counts
 from peftbench.case import Case, Settings
 from peftbench.data.task import TokenTask
 from peftbench.evaluation import Quality
+from peftbench.measuring.host import MOST_OTHER_CPU_RATIO
 from peftbench.measuring.phases import PhaseReading, Phases
 from peftbench.methods import METHODS
 from peftbench.metrics import HEADLINE_PHASES, PHASES
@@ -22,9 +23,6 @@ from peftbench.training import Training
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A second busy process makes a small case up to 15 times slower (threads wait for each other at
-# every operation); pytest itself and the system's own work stay well below this.
-MOST_OTHER_CPU_RATIO = 0.10
 _TICKS_S = 0.05  # the kernel rounds each of its counts to a hundredth of a second
 
 
@@ -84,6 +82,11 @@ def capacity_s(reading: PhaseReading) -> float:
     return reading.seconds * (os.cpu_count() or 1)
 
 
+def other_cpu_ratio(reading: PhaseReading) -> float | None:
+    """Share of the machine's CPU time in a phase that went to other processes."""
+    return None if reading.other_cpu_s is None else reading.other_cpu_s / capacity_s(reading)
+
+
 def work_values(
     phases: Phases,
     case: Case,
@@ -105,9 +108,7 @@ def work_values(
             rates["mfu_ratio"] = flops / train.seconds / peak_flops_per_s
     return {
         **rates,
-        "other_cpu_ratio": (
-            None if train.other_cpu_s is None else train.other_cpu_s / capacity_s(train)
-        ),
+        "other_cpu_ratio": other_cpu_ratio(train),
         "energy_j": energy_j,
         "energy_per_token_j": (
             None if energy_j is None else energy_j / sum(real for real, _ in timed)
@@ -218,7 +219,7 @@ def null_reasons(
     for name in ("train_flops", "flops_per_s", "mfu_ratio"):
         reasons[name] = "the memory left after training did not hold one more step to count"
     if peak_flops_per_s is None:
-        reasons["mfu_ratio"] = "the session's matrix product was not timed"
+        reasons["mfu_ratio"] = "the session's matrix product was not timed, or beside other work"
     reasons["other_cpu_ratio"] = "no /proc on this system"
     for name in ("perplexity_se", "nll_per_token_se"):
         reasons.setdefault(name, "one window only")

@@ -27,6 +27,8 @@ from peftbench.measuring.flops import count_flops
 from peftbench.measuring.phases import PhaseReading, Phases, UnaccountedTimeError
 from peftbench.measuring.sentinels import time_sentinels
 from peftbench.pipeline import Gate
+from peftbench.progress import Progress
+from peftbench.session import Session
 from peftbench.training import gradient_bytes, state_bytes
 from peftbench.values import disturbances, work_values
 
@@ -279,3 +281,13 @@ def test_the_kernels_mark_is_reset(tmp_path: Path):
     assert after is not None
     assert during - before == pytest.approx(100 * MB, rel=0.02)
     assert after - before < 10 * MB
+
+
+def test_a_product_timed_beside_other_work_is_no_peak(tmp_path):
+    case = Case("tiny-gpt2", "lora", "sft", Settings(dtype="bfloat16"))
+    session = Session(tmp_path, Progress(1))
+    assert session.peak_flops_per_s(case) is None
+    session.sentinels["start"] = {"matmul_bfloat16_flops_per_s": 3e11, "other_cpu_ratio": 0.02}
+    assert session.peak_flops_per_s(case) == 3e11
+    session.sentinels["start"]["other_cpu_ratio"] = 0.4
+    assert session.peak_flops_per_s(case) is None

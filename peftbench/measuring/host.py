@@ -49,6 +49,11 @@ def reset_peak() -> str | None:
     return None
 
 
+# A second busy process makes a small case up to 15 times slower (threads wait for each other at
+# every operation); pytest itself and the system's own work stay well below this.
+MOST_OTHER_CPU_RATIO = 0.10
+
+
 @dataclass(frozen=True)
 class CpuTimes:
     """CPU seconds since some moment in the past: of the whole machine, and of this process."""
