@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -89,7 +88,9 @@ for name in ("load", "train"):
 def trained_with(extra: Callable[[], object], monkeypatch) -> tuple[list[float], int]:
     """(step seconds, growth of the resident memory in `train`) of the real loop on a tiny model,
     `extra` happening inside each of its steps."""
-    config = GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=1, n_positions=16)
+    config = GPT2Config(
+        vocab_size=32, n_embd=8, n_layer=1, n_head=1, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config)
     pairs = tuple(TokenPair((1, 2), (3, 4), (5,)) for _ in range(6))
@@ -137,8 +138,9 @@ def test_what_happens_inside_a_step_is_in_its_time_and_memory(monkeypatch):
     for extra, tolerance in ((sleep, 0.02), (spin, 0.05)):
         took.clear()
         step_s, _ = trained_with(extra, monkeypatch)
-        known_s = statistics.median(took[1:]) + statistics.median(plain_s)
-        assert statistics.median(step_s) == pytest.approx(known_s, rel=tolerance)
+        # the quickest of each: on a busy machine the others also hold a neighbour's time
+        rest_s = min(step - known for step, known in zip(step_s, took[1:], strict=True))
+        assert 0 < rest_s <= min(plain_s) + tolerance * 0.2
     _, grown = trained_with(lambda: bytearray(300 * MB), monkeypatch)
     assert grown - plain_bytes == pytest.approx(300 * MB, rel=0.01)
 
