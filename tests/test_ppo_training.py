@@ -418,7 +418,7 @@ def test_qlora_keeps_its_4_bit_layers_in_both_trees():
 def toy(reward: str) -> list[dict[str, Any]]:
     """PPO on the toy reward: a small model of random weights, near uniform over its 40 tokens."""
     settings = replace(
-        SETTINGS, rank=4, alpha=8, pairs=640, batch_size=16, ppo_batch_size=32, ppo_epochs=4,
+        SETTINGS, rank=4, alpha=8, pairs=960, batch_size=16, ppo_batch_size=32, ppo_epochs=4,
         completion_length=8, reward=reward, ppo_kl_coef=0.01,
     )  # fmt: skip
     torch.manual_seed(2)
@@ -429,7 +429,7 @@ def toy(reward: str) -> list[dict[str, Any]]:
     plain = adapters.shared_copy(base)
     model = adapters.attach(base, "lora", settings)
     roles = make_roles(model, plain, "lora", settings)
-    found = ppo_training.train(model, roles, make_task(640), settings, EOS, training.SilentGate())
+    found = ppo_training.train(model, roles, make_task(960), settings, EOS, training.SilentGate())
     assert found.ppo is not None
     return found.ppo.history
 
