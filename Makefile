@@ -9,7 +9,7 @@ ARGS ?=
 
 .PHONY: help install bench test lint verify overhead glossary clean
 help:
-	@echo "make bench    the quick preset: 30 cases, a few minutes on a CPU -> $(RUN_JSON)"
+	@echo "make bench    the quick preset: 34 cases, a few minutes on a CPU -> $(RUN_JSON)"
 	@echo "make test     all tests that need no GPU, and the linters (under 10 minutes)"
 	@echo "make lint     ruff and mypy"
 	@echo "make verify   the long proofs (an hour): three seeds, the real model; PARTS=\"a b\" picks some"

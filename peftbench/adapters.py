@@ -7,6 +7,7 @@ bfloat16 one. A `full` model is a row like the others; it has no adapter to swit
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -78,27 +79,28 @@ ADAPTERS: dict[str, AdapterRow] = {
     "full": AdapterRow(
         "every weight of the model trains; the reference", "reference", _full,
         quantizes_base=False, merges=False,
-        learning_rates={"sft": 5e-5, "dpo": 1e-5, "orpo": 2e-5},
+        learning_rates={"sft": 5e-5, "dpo": 1e-5, "orpo": 2e-5, "ppo": 1e-5},
     ),
     "lora": AdapterRow(
         "low-rank updates of the linear layers", "reparametrised", _lora,
         quantizes_base=False, merges=True,
-        learning_rates={"sft": 5e-4, "dpo": 1e-4, "orpo": 2e-4},
+        # reward: of PPO's reward model, which is a LoRA adapter whatever the policy's is
+        learning_rates={"sft": 5e-4, "dpo": 1e-4, "orpo": 2e-4, "ppo": 1e-4, "reward": 1e-4},
     ),
     "qlora": AdapterRow(
         "lora over a base held in 4 bits (NF4, double quantisation)", "reparametrised", _lora,
         quantizes_base=True, merges=True,
-        learning_rates={"sft": 5e-4, "dpo": 1e-4, "orpo": 2e-4},
+        learning_rates={"sft": 5e-4, "dpo": 1e-4, "orpo": 2e-4, "ppo": 1e-4},
     ),
     "ia3": AdapterRow(
         "learned scales of keys, values and feed-forward activations", "multiplicative", _ia3,
         quantizes_base=False, merges=True,
-        learning_rates={"sft": 1e-2, "dpo": 5e-3, "orpo": 5e-3},
+        learning_rates={"sft": 1e-2, "dpo": 5e-3, "orpo": 5e-3, "ppo": 5e-3},
     ),
     "prefix": AdapterRow(
         "learned keys and values before the first token", "prompt", _prefix,
         quantizes_base=False, merges=False,
-        learning_rates={"sft": 1e-2, "dpo": 5e-3, "orpo": 5e-3},
+        learning_rates={"sft": 1e-2, "dpo": 5e-3, "orpo": 5e-3, "ppo": 5e-3},
     ),
 }  # fmt: skip
 
@@ -154,6 +156,20 @@ def _start_prefix_from_activations(model: PeftModel, settings: Settings) -> None
     initialize_kv_prefix_from_past_key_values(
         model, past_key_values=cache, num_virtual_tokens=settings.prefix_tokens
     )
+
+
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Another tree of modules over the same parameters and buffers: it costs no weights.
+
+    Made before `attach`, it stays the plain base whatever is put on the first tree, and may carry
+    an adapter of its own. So policy, reward, value and reference stand on one base at once with
+    adapters of any types, which one `PeftModel` refuses, and nothing has to be switched: switching
+    adapters between a forward pass and its backward leaves gradients out without an error.
+    """
+    shared: list[object] = [*model.parameters(), *model.buffers()]
+    # a 4-bit layer holds its weight's scales a second time
+    shared += [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
+    return copy.deepcopy(model, {id(item): item for item in shared})
 
 
 @contextlib.contextmanager
@@ -242,8 +258,6 @@ def merged(model: PeftModel, adapter: str) -> PreTrainedModel:
     Over a 4-bit base the copy is dequantised first: folding into 4 bits rounds the adapter away.
     Raises: UserError for an adapter that cannot be folded in.
     """
-    import copy
-
     from transformers.pytorch_utils import Conv1D
 
     from peftbench.quantization import dequantize_layer, layers_4bit, unmark_quantized

@@ -8,14 +8,17 @@ field must come with a default that means what the code did before it: then no h
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from peftbench.errors import UserError
+from peftbench.methods import uses_ppo
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,25 @@ class Settings:
     beta: float = 0.1  # DPO's temperature
     orpo_lambda: float = 0.1  # weight of ORPO's odds-ratio term (the paper's lambda, TRL's `beta`)
     orpo_nll_on: str = "all"  # all: prompt and chosen, as the authors' code; completion
+    # PPO
+    ppo_batch_size: int = 64  # prompts of one update, in the pairs' order
+    # completions of one optimiser step; 0: as many as the pairs of another method's
+    ppo_minibatch_size: int = 0
+    ppo_epochs: int = 4  # passes over the completions of an update
+    ppo_kl_coef: float = 0.05  # weight of the KL to the reference in the reward
+    ppo_clip_range: float = 0.2  # of the ratio, and of the value
+    ppo_value_coef: float = 0.1
+    ppo_gamma: float = 1.0
+    ppo_gae_lambda: float = 0.95
+    ppo_temperature: float = 1.0  # of sampling, and of every log-probability
+    value: str = "head"  # head: on the policy's trunk; adapter: LoRA and a head of its own
+    reward: str = "model"  # model: trained on the pairs; true: tinywiki's; count-token; none
+    reward_learning_rate: float = 0.0  # of the reward model; 0: the table's
+    reward_start: str = "sft"  # the reward model's first epoch is SFT on the chosen sides; base
+    reward_sft_learning_rate: float = 0.0  # of that epoch; 0: the table's
+    missing_eos: str = "replace"  # a completion without EOS: replace its score, add to it, or keep
+    missing_eos_score: float = -1.0
+    sft_learning_rate: float = 0.0  # of the first stage of sft+dpo and sft+ppo; 0: the table's
     # how quality is scored
     eval_tokens: int = 8192
     eval_context: int = 256
@@ -69,6 +91,7 @@ class Settings:
     eval_batch_size: int = 32
     eval_samples: int = 4  # prompts for generated samples and for the KL on own samples
     eval_sample_length: int = 32
+    eval_completions: int = 256  # held-out prompts completed for the true reward and the judges
     # repetition
     seed: int = 0  # round r of a case runs with seed + r
 
@@ -76,6 +99,26 @@ class Settings:
     def steps(self) -> int:
         """Optimiser steps of the budget, warm-up included (PPO counts its own)."""
         return self.pairs // (self.batch_size * self.gradient_accumulation)
+
+    @property
+    def ppo_updates(self) -> int:
+        """PPO's updates of the budget, warm-up included: one pass over the pairs' prompts."""
+        return self.pairs // self.ppo_batch_size
+
+    @property
+    def ppo_minibatch(self) -> int:
+        """Completions of one of PPO's optimiser steps, in `gradient_accumulation` micro-batches."""
+        return self.ppo_minibatch_size or self.batch_size * self.gradient_accumulation
+
+    @property
+    def ppo_minibatches(self) -> int:
+        """Optimiser steps of one of PPO's epochs."""
+        return self.ppo_batch_size // self.ppo_minibatch
+
+    @property
+    def ppo_warmup_updates(self) -> int:
+        """PPO's first updates, outside the training clock: they hold the `warmup_steps`."""
+        return math.ceil(self.warmup_steps / (self.ppo_epochs * self.ppo_minibatches))
 
     @property
     def measures_quality(self) -> bool:
@@ -92,12 +135,16 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("linear", "constant"),
     "optimizer": ("adamw", "paged-adamw-8bit"),
     "orpo_nll_on": ("all", "completion"),
+    "value": ("head", "adapter"),
+    "reward": ("model", "true", "count-token", "none"),
+    "reward_start": ("sft", "base"),
+    "missing_eos": ("replace", "add", "keep"),
 }
 
 _AT_LEAST_ONE = (
     "pairs", "batch_size", "gradient_accumulation", "rank", "alpha", "prefix_tokens",
     "prompt_length", "completion_length", "eval_tokens", "eval_pairs", "eval_batch_size",
-    "eval_samples", "eval_sample_length",
+    "eval_samples", "eval_sample_length", "ppo_batch_size", "ppo_epochs", "eval_completions",
 )  # fmt: skip
 
 
@@ -112,17 +159,32 @@ def check_settings(settings: Settings) -> None:
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
     for name in (
-        "warmup_steps", "threads", "seed", "gpu_memory_limit_bytes", "host_memory_limit_bytes"
+        "warmup_steps", "threads", "seed", "gpu_memory_limit_bytes", "host_memory_limit_bytes",
+        "ppo_minibatch_size",
     ):  # fmt: skip
         value = getattr(settings, name)
         if value < 0:
             raise UserError(f"{name} is {value}; it must not be negative")
-    for name in ("learning_rate", "time_budget_s", "weight_decay", "max_grad_norm", "orpo_lambda"):
+    for name in (
+        "learning_rate", "time_budget_s", "weight_decay", "max_grad_norm", "orpo_lambda",
+        "ppo_kl_coef", "ppo_value_coef", "reward_learning_rate", "sft_learning_rate",
+        "reward_sft_learning_rate",
+    ):  # fmt: skip
         value = getattr(settings, name)
         if not (math.isfinite(value) and value >= 0):
             raise UserError(f"{name} is {value}; it must be a number that is not negative")
     if not (math.isfinite(settings.beta) and settings.beta > 0):
         raise UserError(f"beta is {settings.beta}; it must be a number above 0")
+    for name in ("ppo_clip_range", "ppo_gamma", "ppo_gae_lambda"):
+        value = getattr(settings, name)
+        if not 0 <= value <= 1:
+            raise UserError(f"{name} is {value}; it must be between 0 and 1")
+    if not (math.isfinite(settings.ppo_temperature) and settings.ppo_temperature > 0):
+        raise UserError(f"ppo_temperature is {settings.ppo_temperature}; it must be above 0")
+    if not math.isfinite(settings.missing_eos_score):
+        raise UserError(f"missing_eos_score is {settings.missing_eos_score}; it must be a number")
+    if settings.reward == "true" and settings.data != "tinywiki":
+        raise UserError(f"reward 'true' is known of tinywiki only, not of {settings.data!r}")
     if settings.eval_context < 2:
         raise UserError(f"eval_context is {settings.eval_context}; it must be at least 2 tokens")
     if not 1 <= settings.eval_stride < settings.eval_context:
@@ -136,6 +198,27 @@ def check_settings(settings: Settings) -> None:
             f" {settings.gradient_accumulation} are {settings.steps} steps, of which"
             f" {settings.warmup_steps} warm up: nothing is left to time;"
             f" raise --pairs or lower --batch-size"
+        )
+
+
+def check_ppo(settings: Settings) -> None:
+    """Raise UserError for a budget that PPO cannot divide; the other methods do not mind."""
+    minibatch = settings.ppo_minibatch
+    if settings.ppo_batch_size % minibatch:
+        raise UserError(
+            f"ppo_batch_size is {settings.ppo_batch_size}; it must be a multiple of the minibatch,"
+            f" which is {minibatch} (ppo_minibatch_size, or batch_size x gradient_accumulation)"
+        )
+    if minibatch % settings.gradient_accumulation:
+        raise UserError(
+            f"ppo_minibatch_size is {minibatch}; it must be a multiple of gradient_accumulation"
+            f" {settings.gradient_accumulation}"
+        )
+    if settings.ppo_updates <= settings.ppo_warmup_updates:
+        raise UserError(
+            f"{settings.pairs} pairs are {settings.ppo_updates} PPO updates of"
+            f" {settings.ppo_batch_size} prompts, of which {settings.ppo_warmup_updates} warm up:"
+            f" nothing is left to time; raise --pairs or lower --ppo-batch-size"
         )
 
 
@@ -234,6 +317,21 @@ class Preset:
     settings: Settings
     rounds: int = 1
     about: str = ""
+    extra: tuple[tuple[str, str, str], ...] = ()  # single cells beside the product of the axes
+    # settings of PPO's cases alone: so the hashes of the others do not move with them
+    ppo: Mapping[str, Any] = field(default_factory=dict)
+
+    def cells(self) -> list[tuple[str, str, str]]:
+        """(model, adapter, method) of each case, in order."""
+        product = itertools.product(self.models, self.adapters, self.methods)
+        return sorted(
+            dict.fromkeys([*product, *self.extra]),
+            key=lambda cell: (self.models.index(cell[0]), self.adapters.index(cell[1])),
+        )
+
+    def settings_of(self, method: str) -> Settings:
+        """The settings of the method's cases."""
+        return replace(self.settings, **(self.ppo if uses_ppo(method) else {}))
 
 
 # lambda: three of some twenty tokens tell true from false, and ORPO's term is a mean over all
@@ -244,6 +342,11 @@ _QUICK = Settings(
 _CPU_REAL = Settings(data="wikipedia-sample", dtype="bfloat16", pairs=128, batch_size=2,
                      orpo_lambda=2.0, targets="qv", eval_tokens=16384, eval_pairs=200,
                      eval_context=512, eval_stride=448, eval_batch_size=8)  # fmt: skip
+_QUICK_PPO = {"ppo_batch_size": 32}
+# so many pairs teach a tiny model the facts; larger minibatches, as single completions are noise
+_TRUTH_PPO = {"ppo_minibatch_size": 32, "learning_rate": 3e-3}
+# text cut out of an article has no EOS; 16 updates; what is sampled is short, as it is slow
+_CPU_REAL_PPO = {"ppo_batch_size": 8, "missing_eos": "keep", "eval_completions": 32}
 _GPU = Settings(data="wikitext-2", dtype="bfloat16", pairs=2048, batch_size=16, prompt_length=128,
                 completion_length=128, eval_tokens=65536, eval_context=512, eval_stride=256,
                 eval_pairs=400, eval_batch_size=8)  # fmt: skip
@@ -257,11 +360,24 @@ PRESETS: dict[str, Preset] = {
     "quick": Preset(
         ("tiny-gpt2", "tiny-llama"), ("full", "lora", "qlora", "ia3", "prefix"),
         ("sft", "dpo", "orpo"), _QUICK,
-        about="30 cases on the embedded models and corpus, a few minutes on a laptop CPU",
+        about="34 cases on the embedded models and corpus, a few minutes on a laptop CPU",
+        extra=tuple((m, a, "ppo") for m in ("tiny-gpt2", "tiny-llama") for a in ("full", "lora")),
+        ppo=_QUICK_PPO,
+    ),
+    "quick-full": Preset(
+        ("tiny-gpt2", "tiny-llama"), ("full", "lora", "qlora", "ia3", "prefix"),
+        ("sft", "dpo", "orpo", "ppo", "sft+dpo", "sft+ppo"), _QUICK,
+        ppo=_QUICK_PPO,
+        about="60 cases: the same with PPO and both pipelines for every adapter",
+    ),
+    "ppo-truth": Preset(
+        ("tiny-gpt2", "tiny-llama"), ("lora",), ("ppo", "sft+ppo"), replace(_QUICK, pairs=1536),
+        rounds=3, ppo=_TRUTH_PPO,
+        about="that PPO makes tinywiki's completions truer: both models, three seeds",
     ),
     "cpu-real": Preset(
         ("smollm2-135m-instruct-q4",), ("lora", "qlora", "ia3", "prefix"),
-        ("sft", "dpo", "orpo"), _CPU_REAL,
+        ("sft", "dpo", "orpo", "ppo"), _CPU_REAL, ppo=_CPU_REAL_PPO,
         about="a real pretrained model on real Wikipedia text, on a CPU",
     ),
     "gpu": Preset(

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class InvalidTrainingError(RuntimeError):
+    """A loss or a reward that is not finite: the case ran, its numbers mean nothing."""
+
+
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> UserError:
     """The error for a name that no table has, with the nearest names first."""
     names = sorted(allowed)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftbench import rollout
 from peftbench.batches import collate, completion_logprobs, last_columns, token_logprobs
 from peftbench.data.task import TokenPair, TokenTask
 
@@ -58,10 +59,14 @@ class Quality:
     text: TextScore
     pairs: PairScore
     samples: list[list[int]]  # token ids of sampled completions of the first test prompts
+    completions: list[list[int]]  # of more of them and up to their full length, to be judged
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Quality:
-        return cls(TextScore(**data["text"]), PairScore(**data["pairs"]), data["samples"])
+        return cls(
+            TextScore(**data["text"]), PairScore(**data["pairs"]), data["samples"],
+            data["completions"],
+        )  # fmt: skip
 
 
 @contextmanager
@@ -78,8 +83,10 @@ def evaluating(model: Any, settings: Settings) -> Iterator[None]:
         model.train(was_training)
 
 
-def evaluate(model: Any, task: TokenTask, settings: Settings, eos_id: int | None) -> Quality:
-    """Score held-out text and pairs, and sample."""
+def evaluate(
+    model: Any, task: TokenTask, settings: Settings, eos_id: int | None, *, completes: bool
+) -> Quality:
+    """Score held-out text and pairs, and sample; `completes` also what is to be judged."""
     with evaluating(model, settings):
         return Quality(
             score_text(
@@ -88,6 +95,7 @@ def evaluate(model: Any, task: TokenTask, settings: Settings, eos_id: int | None
             ),
             score_pairs(model, task.test, settings.eval_batch_size),
             sample(model, task.test[: settings.eval_samples], settings, eos_id),
+            complete(model, task, settings, eos_id) if completes else [],
         )  # fmt: skip
 
 
@@ -186,6 +194,27 @@ def sample(
         )
     completions: list[list[int]] = out[:, prompts.shape[1] :].tolist()
     return [c[: c.index(eos_id) + 1] if eos_id in c else c for c in completions]
+
+
+def complete(
+    model: Any, task: TokenTask, settings: Settings, eos_id: int | None
+) -> list[list[int]]:
+    """Completions of the first `eval_completions` test prompts, seeded, drawn as PPO draws."""
+    if eos_id is None:
+        return []
+    prompts = [pair.prompt for pair in task.test[: settings.eval_completions]]
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    # a token's step has no gradients and no long logits: four times the scored batch is as much
+    size = 4 * settings.eval_batch_size
+    found: list[list[int]] = []
+    for at in range(0, len(prompts), size):
+        drawn = rollout.sample(
+            model, prompts[at : at + size], settings.completion_length, settings.ppo_temperature,
+            eos_id, generator,
+        )  # fmt: skip
+        found += [list(ids) for ids in drawn.completions]
+    return found
 
 
 def kl_to_base(

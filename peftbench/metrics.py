@@ -32,7 +32,7 @@ _EVAL = "on the held-out text, each token scored once, the first of the text not
 METRICS: dict[str, Metric] = {
     # time
     "train_s": Metric("s", "lower", "noisy", 0.03, "Wall time of the optimiser steps after the warm-up, device synchronised at both ends; loading, evaluation, saving and tokenising excluded."),
-    "method_s": Metric("s", "lower", "noisy", 0.03, "Wall time of everything the method needs before the user has the adapter: reference log-probabilities, warm-up steps and training."),
+    "method_s": Metric("s", "lower", "noisy", 0.03, "Wall time of everything the method needs before the user has the adapter: an SFT stage, the reward model, reference log-probabilities, warm-up steps and training."),
     "first_step_s": Metric("s", "lower", "noisy", 0.05, "Wall time of the very first optimiser step, where kernels are chosen and memory is taken."),
     "step_p50_s": Metric("s", "lower", "noisy", 0.03, "Median wall time of an optimiser step after the warm-up."),
     "step_p95_s": Metric("s", "lower", "noisy", 0.05, "95th percentile of the wall time of an optimiser step after the warm-up."),
@@ -44,7 +44,12 @@ METRICS: dict[str, Metric] = {
     "check_s": Metric("s", "none", "info", 0.0, "Wall time to compare the adapted model with its base before any step."),
     "prepare_s": Metric("s", "lower", "info", 0.0, "Wall time to pad the batches and to build the engine, before the reference pass or the first step."),
     "reference_s": Metric("s", "lower", "noisy", 0.03, "Wall time of the reference's log-probabilities on the training pairs; null where the method has no reference."),
-    "warmup_s": Metric("s", "lower", "noisy", 0.05, "Wall time of the first `warmup_steps` optimiser steps and of building the optimiser."),
+    "sft_s": Metric("s", "lower", "noisy", 0.03, "Wall time of the SFT stage of `sft+dpo` and `sft+ppo`."),
+    "reward_model_s": Metric("s", "lower", "noisy", 0.03, "Wall time to train PPO's reward model on the same pairs."),
+    "warmup_s": Metric("s", "lower", "noisy", 0.05, "Wall time of the first `warmup_steps` optimiser steps (PPO: of the updates that hold them) and of building the optimiser."),
+    "rollout_s": Metric("s", "lower", "noisy", 0.03, "PPO: wall time of sampling completions, within the training window."),
+    "score_s": Metric("s", "lower", "noisy", 0.03, "PPO: wall time of old log-probabilities and values, reference and reward, within the training window."),
+    "update_s": Metric("s", "lower", "noisy", 0.03, "PPO: wall time of the optimiser steps, within the training window."),
     "evaluate_s": Metric("s", "lower", "noisy", 0.05, "Wall time of the evaluation after training; the base is scored once per session, outside the cases."),
     "compare_s": Metric("s", "none", "info", 0.0, "Wall time to compare the trained model with its base (KL, moved entries); `full` loads the base anew for it."),
     "count_s": Metric("s", "none", "info", 0.0, "Wall time to count the operations of one micro-batch, after everything else is measured."),
@@ -62,7 +67,7 @@ METRICS: dict[str, Metric] = {
     "energy_j": Metric("J", "lower", "noisy", 0.05, "Energy of the training window: of the GPU (its counter, else integrated power), on a CPU run of the processor packages."),
     "energy_per_token_j": Metric("J", "lower", "derived", 0.05, "energy_j over the non-padding tokens of the training window."),
     # memory
-    "peak_gpu_memory_bytes": Metric("bytes", "lower", "tight", 0.02, "Highest GPU memory that NVML reports while training (reference, warm-up and training phases): the process's own, else the device's growth."),
+    "peak_gpu_memory_bytes": Metric("bytes", "lower", "tight", 0.02, "Highest GPU memory that NVML reports while training (SFT stage, reward model, reference, warm-up and training phases): the process's own, else the device's growth."),
     "nvml_process_peak_bytes": Metric("bytes", "lower", "tight", 0.02, "Highest memory NVML reports for the training process, over the same phases."),
     "nvml_device_peak_bytes": Metric("bytes", "lower", "tight", 0.02, "Highest memory in use on the device minus the reading before the process started, over the same phases."),
     "torch_peak_allocated_bytes": Metric("bytes", "lower", "tight", 0.005, "Highest bytes in tensors by torch's CUDA allocator, over the same phases."),
@@ -78,12 +83,15 @@ METRICS: dict[str, Metric] = {
     "trainable_ratio": Metric("ratio", "none", "derived", 0.0, "trainable_params / total_params."),
     "adapter_bytes": Metric("bytes", "lower", "exact", 0.0, "Size of the saved adapter's weight files; for `full`, of the model's."),
     "base_bytes": Metric("bytes", "lower", "exact", 0.0, "Bytes of the base model's weights as held in memory, quantisation state included."),
+    "reference_bytes": Metric("bytes", "lower", "exact", 0.0, "PPO: bytes of weights that the reference holds beside the policy's base: none, an SFT adapter's copy, or for `full` a whole frozen model."),
+    "reward_model_bytes": Metric("bytes", "lower", "exact", 0.0, "PPO: bytes of the reward model's adapter and head; its base is the policy's (for `full` the reference's)."),
     "quantized_modules": Metric("modules", "none", "exact", 0.0, "Linear layers whose weight is held in 4 bits."),
     "moved_ratio": Metric("ratio", "none", "info", 0.0, "Share of trained entries that differ from before training; for `full` without the embedding rows the data never touched."),
     "start_max_logit_difference": Metric("logits", "lower", "info", 0.0, "Largest absolute difference between adapted and base logits on a batch before training: 0 for an adapter that starts as the identity."),
     "merge_max_logit_difference": Metric("logits", "lower", "info", 0.0, "Largest absolute difference between the merged and the adapted model's logits on a held-out batch after training: what the base's dtype rounds away; over 4 bits the base is dequantised first."),
     # budget
     "pairs": Metric("pairs", "none", "exact", 0.0, "Preference pairs seen in training, warm-up included."),
+    "episodes": Metric("completions", "none", "exact", 0.0, "PPO: completions sampled and trained on, warm-up included."),
     "steps": Metric("steps", "none", "exact", 0.0, "Optimiser steps, warm-up included."),
     "train_tokens": Metric("tokens", "none", "exact", 0.0, "Non-padding tokens the policy read in all steps, warm-up included."),
     "learning_rate": Metric("1", "none", "exact", 0.0, "Peak learning rate of the schedule."),
@@ -108,6 +116,24 @@ METRICS: dict[str, Metric] = {
     "preference_accuracy_unquantized_base": Metric("ratio", "none", "info", 0.0, "preference_accuracy of the base before it was quantised."),
     "reward_margin": Metric("nats", "higher", "seeded", 0.01, "Mean over held-out pairs of beta x (policy minus base log-ratio of chosen to rejected), log-probabilities summed over the completion."),
     "kl_to_base_nats_per_token": Metric("nats", "none", "info", 0.0, "KL divergence from the base on the policy's own samples, k3 estimator, mean over sampled tokens."),
+    "true_reward": Metric("1", "higher", "seeded", 0.01, "Share of a sampled completion's sentences that are facts of its ship, mean over held-out prompts; null for text whose truth is not known."),
+    "true_reward_se": Metric("1", "none", "info", 0.0, "Standard error of true_reward over prompts."),
+    "true_reward_base": Metric("1", "none", "info", 0.0, "true_reward of the base model the adapter sits on, on the same prompts."),
+    "true_reward_std_base": Metric("1", "none", "info", 0.0, "Standard deviation of the base model's true reward between completions: the unit of what a method gains."),
+    "win_ratio": Metric("ratio", "higher", "seeded", 0.01, "Share of held-out prompts on which the completion is truer than the base's, a tie counting half: a judge that no training saw."),
+    "reward_model_accuracy": Metric("ratio", "higher", "seeded", 0.01, "PPO: share of held-out pairs whose chosen completion the reward model scores higher."),
+    "reward_model_score": Metric("1", "none", "info", 0.0, "PPO: mean score of the tuned model's held-out completions by the reward model that it was trained on (unit: standard deviations of the reference's)."),
+    "reward_model_score_base": Metric("1", "none", "info", 0.0, "PPO: the same score of the base model's completions."),
+    "reward_mean": Metric("1", "none", "info", 0.0, "PPO: mean score of the sampled completions, before what a missing EOS changes; mean of the last tenth of the updates, as all that follow."),
+    "reward_std": Metric("1", "none", "info", 0.0, "PPO: standard deviation of the score between the completions of an update."),
+    "kl_k1": Metric("nats", "none", "info", 0.0, "PPO: KL to the reference a token on the policy's samples, k1 estimator: the one in the reward."),
+    "kl_k3": Metric("nats", "none", "info", 0.0, "PPO: the same by the k3 estimator, which is never negative."),
+    "entropy": Metric("nats", "none", "info", 0.0, "PPO: entropy of the policy's next-token distribution, mean over sampled tokens."),
+    "response_tokens": Metric("tokens", "none", "info", 0.0, "PPO: mean length of a sampled completion, its EOS included."),
+    "eos_ratio": Metric("ratio", "none", "info", 0.0, "PPO: share of sampled completions that ended with EOS."),
+    "clip_ratio": Metric("ratio", "none", "info", 0.0, "PPO: share of tokens whose probability ratio is outside the clip range, mean over optimiser steps."),
+    "value_loss": Metric("1", "none", "info", 0.0, "PPO: clipped value loss, mean over optimiser steps."),
+    "explained_variance": Metric("1", "none", "info", 0.0, "PPO: share of the returns' variance that the values explain, before the update's first step."),
     "first_loss": Metric("nats", "none", "info", 0.0, "The method's own loss at the first optimiser step."),
     "final_loss": Metric("nats", "lower", "info", 0.0, "The method's own loss, mean of the last tenth of the steps (at least one)."),
     "eval_tokens_scored": Metric("tokens", "none", "exact", 0.0, "Held-out tokens scored."),
@@ -115,12 +141,13 @@ METRICS: dict[str, Metric] = {
 }  # fmt: skip
 
 PHASES: tuple[str, ...] = (
-    "import", "load", "attach", "data", "check", "prepare", "reference", "warmup", "train",
-    "evaluate", "compare", "save", "merge", "count",
+    "import", "load", "attach", "data", "check", "prepare", "sft", "reward_model", "reference",
+    "warmup", "train", "evaluate", "compare", "save", "merge", "count",
 )  # fmt: skip
-"""The phases of a round, in order. `reference` and `merge` have no time where there is none of it."""
+"""The phases of a round, in order. `sft`, `reward_model`, `reference` and `merge` have no time where
+there is none of it."""
 
-HEADLINE_PHASES: tuple[str, ...] = ("reference", "warmup", "train")
+HEADLINE_PHASES: tuple[str, ...] = ("sft", "reward_model", "reference", "warmup", "train")
 """Peaks are the maximum over these: never load, evaluate or save (evaluation's full logits would win)."""
 
 

@@ -18,6 +18,7 @@ from peftbench.adapters import find_adapter
 from peftbench.case import Case, expanded, is_local
 from peftbench.data import assets
 from peftbench.errors import UserError, unknown_name
+from peftbench.methods import stages
 from peftbench.model_files import check_folder, file_hash, read_config, weight_files
 
 if TYPE_CHECKING:
@@ -44,11 +45,11 @@ class ModelRow:
 # Found with the quick preset on seeds 0 and 1, both models: by held-out preference accuracy for
 # DPO and ORPO, by perplexity for SFT. One table for both, so that they compare.
 _TINY_LEARNING_RATES = {
-    "full": {"sft": 1.5e-3, "dpo": 5e-4, "orpo": 1.5e-3},
-    "lora": {"sft": 5e-3, "dpo": 3e-3, "orpo": 4e-3},
-    "qlora": {"sft": 5e-3, "dpo": 3e-3, "orpo": 4e-3},
-    "ia3": {"sft": 0.1, "dpo": 0.15, "orpo": 0.15},
-    "prefix": {"sft": 0.2, "dpo": 0.3, "orpo": 0.4},
+    "full": {"sft": 1.5e-3, "dpo": 5e-4, "orpo": 1.5e-3, "ppo": 2e-4},
+    "lora": {"sft": 5e-3, "dpo": 3e-3, "orpo": 4e-3, "ppo": 1e-3, "reward": 1e-3},
+    "qlora": {"sft": 5e-3, "dpo": 3e-3, "orpo": 4e-3, "ppo": 1e-3},
+    "ia3": {"sft": 0.1, "dpo": 0.15, "orpo": 0.15, "ppo": 0.05},
+    "prefix": {"sft": 0.2, "dpo": 0.3, "orpo": 0.4, "ppo": 0.05},
 }
 
 MODELS: dict[str, ModelRow] = {
@@ -116,13 +117,30 @@ def find_model(model: str) -> ModelRow:
 
 
 def resolved(case: Case) -> Case:
-    """The case with its learning rate written out: the setting if given, else the model's own for
-    adapter and method, else the adapter's. So a rate changed in a table changes the case's hash."""
-    if case.settings.learning_rate > 0:
-        return case
-    own = find_model(case.model).learning_rates.get(case.adapter, {})
-    rate = own.get(case.method) or find_adapter(case.adapter).learning_rates[case.method]
-    return replace(case, settings=replace(case.settings, learning_rate=rate))
+    """The case with its learning rates written out: the setting if given, else the table's.
+
+    So a rate changed in a table changes the case's hash. A pipeline's own rate is that of its last
+    stage.
+    """
+    settings, (*before, last) = case.settings, stages(case.method)
+    wanted = {"learning_rate": (case.adapter, last)}
+    if before:
+        wanted["sft_learning_rate"] = (case.adapter, "sft")
+    if last == "ppo" and settings.reward == "model":
+        wanted["reward_learning_rate"] = ("lora", "reward")
+        if settings.reward_start == "sft":
+            wanted["reward_sft_learning_rate"] = ("lora", "sft")
+    rates: dict[str, Any] = {
+        name: getattr(settings, name) or table_rate(case.model, adapter, stage)
+        for name, (adapter, stage) in wanted.items()
+    }
+    return replace(case, settings=replace(settings, **rates))
+
+
+def table_rate(model: str, adapter: str, stage: str) -> float:
+    """The model's own rate for adapter and method, else the adapter's."""
+    own = find_model(model).learning_rates.get(adapter, {})
+    return own.get(stage) or find_adapter(adapter).learning_rates[stage]
 
 
 def check_model(model: str, weights: str) -> None:

@@ -1,8 +1,8 @@
 """READ THIS FIRST: what happens to a case, top to bottom.
 
     pytest (plugin.py)  ->  one fresh child process per round (worker.py)  ->  run_round, below:
-    import -> load -> attach -> data -> check -> prepare -> reference -> warm up -> [go] -> train
-    -> evaluate -> compare -> save -> merge -> count
+    import -> load -> attach -> data -> check -> prepare -> (sft) -> (reward model) -> (reference)
+    -> warm up -> [go] -> train -> evaluate -> compare -> save -> merge -> count
 
 The parent process collects, shows progress and writes files; it never imports torch. The child
 does everything on this page and sends back one plain dictionary, the round's record.
@@ -18,30 +18,29 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from peftbench import adapters, evaluation, models, provenance, values
+from peftbench import adapters, evaluation, models, ppo_values, provenance, values
 from peftbench.batches import collate, completion_logprobs, forward_logits
 from peftbench.case import Case, Settings
 from peftbench.data.loading import load_task
 from peftbench.data.task import TokenTask
-from peftbench.errors import UserError
+from peftbench.errors import InvalidTrainingError, UserError
 from peftbench.evaluation import Quality
 from peftbench.measuring import host
 from peftbench.measuring.flops import count_flops
 from peftbench.measuring.phases import Phases
 from peftbench.measuring.sentinels import time_sentinels
-from peftbench.methods import METHODS
+from peftbench.methods import METHODS, samples_completions, stages, uses_ppo
 from peftbench.out_of_memory import is_out_of_memory
 from peftbench.quantization import layers_4bit, quantization_of
 from peftbench.record import FORMAT, measured
-from peftbench.training import Training
+from peftbench.training import SilentGate, Training
 
-
-class InvalidTrainingError(RuntimeError):
-    """A loss that is not finite: the case ran, its numbers mean nothing."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Parent(Protocol):
@@ -63,6 +62,9 @@ class Gate:
     def __init__(self, phases: Phases, parent: Parent) -> None:
         self._phases = phases
         self._parent = parent
+
+    def stage(self, name: str) -> None:
+        self._phases.enter(name)
 
     def prepared(self) -> None:
         self._phases.enter("reference")
@@ -105,6 +107,8 @@ def run_round(
     quantization = quantization_of(model)
 
     phases.enter("attach")
+    # the base on a second tree of modules, for PPO's reference and reward; it costs no weights
+    plain = adapters.shared_copy(model) if uses_ppo(case.method) else None
     model = adapters.attach(model, case.adapter, settings)
     before = adapters.trainable_names(model)
 
@@ -118,7 +122,7 @@ def run_round(
     at_start = None if case.adapter == "full" else adapters.snapshot(model)
 
     phases.enter("prepare")
-    training = train(model, case, task, Gate(phases, parent))
+    training = train(model, plain, case, task, tokenizer, Gate(phases, parent))
     if not all(math.isfinite(loss) for loss in training.losses):
         step = next(i for i, loss in enumerate(training.losses) if not math.isfinite(loss))
         raise InvalidTrainingError(f"the loss is {training.losses[step]} at step {step + 1}")
@@ -127,10 +131,10 @@ def run_round(
         raise InvalidTrainingError("a trained weight is not finite after the last step")
 
     phases.enter("evaluate")
-    eos_id = model.config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
-    quality = None
+    quality, judged = None, {}
     if settings.measures_quality:
-        quality = evaluation.evaluate(model, task, settings, eos_id)
+        quality = quality_of(model, case, task, tokenizer)
+        judged = judge(case, task, tokenizer, quality, base, training)
 
     phases.enter("compare")
     fresh_base = load(case, device, quantize=False) if case.adapter == "full" else None
@@ -138,7 +142,8 @@ def run_round(
     if fresh_base is not None:
         at_start = adapters.snapshot(fresh_base)
     assert at_start is not None
-    rows = touched_rows(model, task, METHODS[case.method].sides) if case.adapter == "full" else None
+    rows_read = rows_trained_on(training, case, task)
+    rows = touched_rows(model, rows_read) if case.adapter == "full" else None
     moved = adapters.moved_ratio(at_start, model, rows)
     del fresh_base
 
@@ -178,9 +183,11 @@ def run_round(
         "truncated_completions": task.truncated_completions,
         **values.loss_values(training),
         **values.time_values(phases, training, case, task),
-        **values.work_values(phases, case, task, len(training.step_s), flops, peak_flops_per_s),
+        **values.work_values(phases, training, case, task, flops, peak_flops_per_s),
         **values.memory_values(phases),
         **values.quality_values(quality, base, unquantized_base, task, settings),
+        **ppo_values.training_values(training),
+        **judged,
         "kl_to_base_nats_per_token": kl,
     }
     return {
@@ -210,6 +217,7 @@ def run_round(
         "data_digest": task.digest,
         "phases": {name: asdict(reading) for name, reading in phases.readings.items()},
         "losses": training.losses,
+        "ppo_history": None if training.ppo is None else training.ppo.history,
         "items": values.item_outcomes(quality, base),
         "samples": values.samples_text(task, base, quality, tokenizer),
     }
@@ -230,9 +238,8 @@ def score_base(case: Case, quantize: bool, parent: Parent) -> dict[str, Any]:
     phases.enter("data")
     tokenizer = models.load_tokenizer(case.model, case.settings.weights)
     task = load_task(case.settings, tokenizer, model.config.vocab_size)
-    eos_id = model.config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
     phases.enter("evaluate")
-    quality = evaluation.evaluate(model, task, case.settings, eos_id)
+    quality = quality_of(model, case, task, tokenizer)
     phases.leave()
     return {
         "quality": asdict(quality),
@@ -305,17 +312,71 @@ def load(case: Case, device: torch.device, *, quantize: bool) -> Any:
     return model
 
 
-def train(model: Any, case: Case, task: TokenTask, gate: Gate) -> Training:
-    """Through the engine that the settings name."""
-    if case.settings.engine == "trl":
-        from peftbench import trl_engine
+def train(
+    model: Any,
+    plain: Any,
+    case: Case,
+    task: TokenTask,
+    tokenizer: PreTrainedTokenizerBase | None,
+    gate: Gate,
+) -> Training:
+    """Through the engine that the settings name; the SFT stage of a pipeline first.
 
-        engine_train = trl_engine.train
-    else:
-        from peftbench import training
+    `plain` is the base on a tree of its own, for PPO.
+    """
+    from peftbench import ppo_roles, ppo_training, training, trl_engine
 
-        engine_train = training.train
-    return engine_train(model, task, case.settings, case.method, gate, reference_of(model, case))
+    settings, (*before, last) = case.settings, stages(case.method)
+    reference = reference_of(model, case)
+    if before:
+        gate.stage("sft")
+        sft = replace(settings, learning_rate=settings.sft_learning_rate, time_budget_s=0.0)
+        training.train(model, task, sft, "sft", SilentGate(), nullcontext())
+        reference = nullcontext()  # the model itself, which the second stage has not moved yet
+    if last == "ppo":
+        roles = ppo_roles.prepare_roles(
+            model, plain, case.adapter, task, settings, tokenizer, gate, after_sft=bool(before)
+        )
+        gate.reference_done()
+        return ppo_training.train(model, roles, task, settings, eos_id_of(model, tokenizer), gate)
+    engine_train = trl_engine.train if settings.engine == "trl" else training.train
+    return engine_train(model, task, settings, last, gate, reference)
+
+
+def eos_id_of(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """The tokenizer's, else the config's; of several the first."""
+    found: Any = model.config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
+    first: int | None = found[0] if isinstance(found, list) else found
+    return first
+
+
+def quality_of(
+    model: Any, case: Case, task: TokenTask, tokenizer: PreTrainedTokenizerBase | None
+) -> Quality:
+    """What the model scores on the held-out data."""
+    return evaluation.evaluate(
+        model, task, case.settings, eos_id_of(model, tokenizer),
+        completes=samples_completions(case.method, case.settings.data),
+    )  # fmt: skip
+
+
+def judge(
+    case: Case,
+    task: TokenTask,
+    tokenizer: PreTrainedTokenizerBase | None,
+    quality: Quality,
+    base: Quality | None,
+    training: Training,
+) -> dict[str, float | int | None]:
+    """What the truth and PPO's reward model say of the completions of held-out prompts."""
+    found: dict[str, float | int | None] = {}
+    if tokenizer is not None and case.settings.data == "tinywiki":
+        found |= ppo_values.truth_values(case, task, tokenizer, quality, base)
+    reward_model = None if training.ppo is None else training.ppo.roles.reward_model
+    if reward_model is not None:
+        with evaluation.evaluating(reward_model, case.settings):
+            found |= ppo_values.opinion_values(reward_model, case, task, quality, base)
+    return found
 
 
 def reference_of(model: Any, case: Case) -> AbstractContextManager[None]:
@@ -351,15 +412,22 @@ def merge_max_logit_difference(model: Any, case: Case, task: TokenTask) -> float
     return float((adapted - folded)[batch.completion_mask].abs().max())
 
 
-def touched_rows(model: Any, task: TokenTask, sides: str) -> dict[str, torch.Tensor]:
+def rows_trained_on(training: Training, case: Case, task: TokenTask) -> list[tuple[int, ...]]:
+    """Token ids that the policy read with gradients: PPO its own completions."""
+    rows = [] if training.ppo is None else list(training.ppo.rows_read)
+    if case.method != "ppo":
+        rows += [p.prompt + p.chosen for p in task.train]
+    if stages(case.method)[-1] in ("dpo", "orpo"):
+        rows += [p.prompt + p.rejected for p in task.train]
+    return rows
+
+
+def touched_rows(model: Any, rows_read: list[tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Masks over embedding rows that training could move: the others have no gradient.
 
-    `sides` is "chosen", or "both" where the rejected completions are read as well.
-    A token embedding that is tied to the head has a gradient in every row, through the softmax.
+    `rows_read` is what training read. A token embedding that is tied to the head has a gradient in
+    every row, through the softmax.
     """
-    rows_read = [p.prompt + p.chosen for p in task.train]
-    if sides == "both":
-        rows_read += [p.prompt + p.rejected for p in task.train]
     ids = torch.tensor(sorted({token for row in rows_read for token in row}))
     longest = max(len(row) for row in rows_read)
     head = model.get_output_embeddings()
@@ -386,17 +454,19 @@ def first_batch_flops(model: Any, case: Case, task: TokenTask) -> int | None:
     """
     from peftbench.training import batch_loss
 
-    settings, row = case.settings, METHODS[case.method]
+    settings, method = case.settings, stages(case.method)[-1]
+    if method == "ppo":
+        return None
     one = replace(settings, gradient_accumulation=1)
     device = next(model.parameters()).device
     pairs = task.train[: settings.batch_size]
-    batch = collate(pairs, row.sides, device)
+    batch = collate(pairs, METHODS[method].sides, device)
     bf16 = settings.dtype == "bfloat16"
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = batch_loss(
-                model, batch, case.method, one,
+                model, batch, method, one,
                 window_tokens=sum(len(pair.chosen) for pair in pairs),
                 reference=torch.zeros(settings.batch_size, device=device),
             )  # fmt: skip

@@ -6,7 +6,6 @@ Loaded in every pytest session of an environment that has peftbench, so it impor
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import sys
 from collections.abc import Generator
@@ -17,11 +16,20 @@ from typing import Any
 import pytest
 
 from peftbench.adapters import ADAPTERS
-from peftbench.case import CHOICES, PRESETS, Case, Preset, Settings, check_settings, parse_bytes
+from peftbench.case import (
+    CHOICES,
+    PRESETS,
+    Case,
+    Preset,
+    Settings,
+    check_ppo,
+    check_settings,
+    parse_bytes,
+)
 from peftbench.data import assets
 from peftbench.data.loading import check_data, check_lengths
 from peftbench.errors import UserError, unknown_name
-from peftbench.methods import METHODS
+from peftbench.methods import METHODS, uses_ppo
 from peftbench.metrics import METRICS
 from peftbench.models import check_model, find_model, model_context, resolved
 from peftbench.privacy import without_secrets
@@ -112,14 +120,19 @@ def selection(config: pytest.Config) -> tuple[Preset, Cases]:
         raise unknown_name("preset", name, PRESETS)
     preset = PRESETS[name]
     given = {f.name: config.getoption(f"peftbench_{f.name}") for f in fields(Settings)}
-    settings = replace(preset.settings, **{k: v for k, v in given.items() if v is not None})
+    options = {k: v for k, v in given.items() if v is not None}
     rounds = config.getoption("rounds")
+    models = _names(config, "models", preset.models)
+    adapters = _names(config, "adapters", preset.adapters)
+    extra = preset.extra if config.getoption("methods") is None else ()
     preset = Preset(
-        _names(config, "models", preset.models),
-        _names(config, "adapters", preset.adapters),
+        models,
+        adapters,
         _names(config, "methods", preset.methods),
-        settings,
+        replace(preset.settings, **options),
         preset.rounds if rounds is None else rounds,
+        extra=tuple(cell for cell in extra if cell[0] in models and cell[1] in adapters),
+        ppo={**preset.ppo, **options} if preset.ppo else {},
     )
     for kind, names, table in (("adapter", preset.adapters, ADAPTERS),
                                ("method", preset.methods, METHODS)):  # fmt: skip
@@ -128,9 +141,13 @@ def selection(config: pytest.Config) -> tuple[Preset, Cases]:
                 raise unknown_name(kind, n, table)
     if preset.rounds < 1:
         raise UserError(f"rounds is {preset.rounds}; it must be at least 1")
-    check_settings(settings)
+    check_settings(preset.settings)
     cases: dict[tuple[str, str, str], Case] = {}
-    for axes in itertools.product(preset.models, preset.adapters, preset.methods):
+    for axes in preset.cells():
+        settings = preset.settings_of(axes[2])
+        if uses_ppo(axes[2]):
+            check_settings(settings)
+            check_ppo(settings)
         case = resolved(Case(*axes, settings))
         public = case.public()
         key = (public.model, public.adapter, public.method)

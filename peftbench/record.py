@@ -66,7 +66,7 @@ def merge_rounds(rounds: list[dict[str, Any]]) -> dict[str, Any]:
             middle = statistics.median(values)
             merged[name] = int(middle) if isinstance(values[0], int) and middle % 1 == 0 else middle
     merged["null_reasons"] = nulls
-    keep = ("seed", "losses", "items", "start_unix_s", "disturbances", *METRICS)
+    keep = ("seed", "losses", "ppo_history", "items", "start_unix_s", "disturbances", *METRICS)
     merged["disturbances"] = sorted({d for r in rounds for d in r.get("disturbances", [])})
     merged["calm_rounds"] = sum(not r.get("disturbances") for r in rounds)
     merged["rounds"] = [{k: r[k] for k in keep if k in r} for r in rounds]

@@ -18,6 +18,7 @@ from peftbench.errors import UserError
 from peftbench.measuring.host import MOST_OTHER_CPU_RATIO
 from peftbench.measuring.nvml import Device, open_devices
 from peftbench.measuring.sampler import Sampler
+from peftbench.methods import samples_completions
 from peftbench.privacy import without_paths
 from peftbench.progress import Progress
 from peftbench.record import FORMAT, dumps
@@ -122,6 +123,7 @@ class Session:
         settings = case.settings
         key = dumps(
             {"model": case.model, "quantize": quantize, "weights_dtype": case.weights_dtype}
+            | {"completes": samples_completions(case.method, settings.data)}
             | {n: v for n, v in asdict(settings).items() if n.startswith("eval_")}
             | {n: getattr(settings, n) for n in ("data", "dtype", "device", "threads", "weights",
                                                  "prompt_length", "completion_length", "pairs")}

@@ -21,6 +21,7 @@ from peftbench.methods import METHODS, dpo, orpo, sft
 
 if TYPE_CHECKING:
     from peftbench.case import Settings
+    from peftbench.ppo_training import PPOOutcome
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -28,6 +29,9 @@ ADAM_EPS = 1e-8
 
 class Gate(Protocol):
     """The phase boundaries of a training, called by either engine."""
+
+    def stage(self, name: str) -> None:
+        """A phase that only some methods have begins: `sft` or `reward_model`."""
 
     def prepared(self) -> None:
         """Batches and trainer are ready; called only where a reference pass follows."""
@@ -50,6 +54,26 @@ class Training:
     step_s: list[float]  # wall time of each step, warm-up included; device events on a GPU
     grad_bytes: int  # of all gradients at the end of a backward pass
     optimizer_state_bytes: int  # moments and counters, wherever they lie
+    ppo: PPOOutcome | None = None
+
+
+class SilentGate:
+    """The gate of a training that is only a stage of another's phase: nobody is told."""
+
+    def stage(self, name: str) -> None:
+        pass
+
+    def prepared(self) -> None:
+        pass
+
+    def reference_done(self) -> None:
+        pass
+
+    def warmed_up(self) -> None:
+        pass
+
+    def trained(self) -> None:
+        pass
 
 
 class StepClock:
@@ -125,10 +149,14 @@ def reference_logratios(
     return rows
 
 
-def build_optimizer(model: Any, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW over what requires a gradient, in its fused form: the others read their step counter
-    with `.item()`, on a GPU a wait for the device in every step."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def build_optimizer(
+    trained: list[torch.nn.Parameter],
+    settings: Settings,
+    learning_rate: float,
+    eps: float = ADAM_EPS,
+) -> torch.optim.Optimizer:
+    """AdamW over these parameters, in its fused form: the others read their step counter with
+    `.item()`, on a GPU a wait for the device in every step."""
     if not trained:
         raise RuntimeError("nothing to train: no parameter requires a gradient")
     if settings.optimizer == "paged-adamw-8bit":
@@ -137,20 +165,19 @@ def build_optimizer(model: Any, settings: Settings) -> torch.optim.Optimizer:
         import bitsandbytes
 
         optimizer: torch.optim.Optimizer = bitsandbytes.optim.PagedAdamW8bit(
-            trained, lr=settings.learning_rate, weight_decay=settings.weight_decay
+            trained, lr=learning_rate, eps=eps, weight_decay=settings.weight_decay
         )
         return optimizer
     return torch.optim.AdamW(
-        trained, lr=settings.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS,
+        trained, lr=learning_rate, betas=ADAM_BETAS, eps=eps,
         weight_decay=settings.weight_decay, fused=True,
     )  # fmt: skip
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, settings: Settings
+    optimizer: torch.optim.Optimizer, settings: Settings, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear to zero over the budget's steps, or constant; no learning-rate warm-up."""
-    steps = settings.steps
+    """Linear to zero over so many steps, or constant; no learning-rate warm-up."""
     if settings.schedule == "linear":
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -230,10 +257,10 @@ def train(
     synchronize(device)
     gate.reference_done()
 
-    optimizer = build_optimizer(model, settings)
-    schedule = build_schedule(optimizer, settings)
-    wrapped = accelerator.prepare_model(model)
     trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = build_optimizer(trained, settings, settings.learning_rate)
+    schedule = build_schedule(optimizer, settings, settings.steps)
+    wrapped = accelerator.prepare_model(model)
     losses: list[torch.Tensor] = []
     clock = StepClock(device)
     started_s = time.perf_counter()

@@ -106,7 +106,7 @@ def build_trainer(
     # TRL casts the adapter of a 4-bit model to bfloat16, in which IA3's and most of LoRA's updates
     # round to nothing. Keeping the tensors gives back the exact start, not one rounded to bfloat16.
     trained = {p: p.data for p in model.parameters() if p.requires_grad}
-    optimizer = build_optimizer(model, settings)
+    optimizer = build_optimizer(list(trained), settings, settings.learning_rate)
     arguments = config_class(**_arguments(model, settings, method, folder))
     # A case runs on one device; over all that are visible the Trainer would split each batch.
     arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -119,7 +119,7 @@ def build_trainer(
             args=arguments,
             train_dataset=_dataset(pairs, method),
             processing_class=_padding_only_tokenizer(),
-            optimizers=(optimizer, build_schedule(optimizer, settings)),
+            optimizers=(optimizer, build_schedule(optimizer, settings, settings.steps)),
         )
     for parameter, data in trained.items():
         parameter.data = data

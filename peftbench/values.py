@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftbench import evaluation
+from peftbench import evaluation, ppo_values
 from peftbench.adapters import ADAPTERS
 from peftbench.batches import token_counts
 from peftbench.case import Case, Settings
@@ -16,7 +16,7 @@ from peftbench.data.task import TokenTask
 from peftbench.evaluation import Quality
 from peftbench.measuring.host import MOST_OTHER_CPU_RATIO
 from peftbench.measuring.phases import PhaseReading, Phases
-from peftbench.methods import METHODS
+from peftbench.methods import METHODS, uses_ppo
 from peftbench.metrics import HEADLINE_PHASES, PHASES
 from peftbench.training import Training
 
@@ -37,12 +37,17 @@ def time_values(
     """Seconds by phase, step quantiles and rates; counts of what was trained on."""
     settings = case.settings
     seconds: dict[str, float | None] = {n: r.seconds for n, r in phases.readings.items()}
-    steps = len(training.step_s)
-    window = settings.batch_size * settings.gradient_accumulation
-    counts, timed = micro_batch_tokens(case, task, steps)
-    timed_steps = sorted(training.step_s[settings.warmup_steps :])
+    steps, warmup_steps = len(training.step_s), settings.warmup_steps
+    pairs = steps * settings.batch_size * settings.gradient_accumulation
+    timed_pairs = pairs - warmup_steps * settings.batch_size * settings.gradient_accumulation
+    if training.ppo is not None:  # an episode is read more than once
+        pairs = len(training.ppo.rows_read)
+        timed_pairs = pairs - training.ppo.warmup_updates * settings.ppo_batch_size
+        warmup_steps = steps // len(training.ppo.history) * training.ppo.warmup_updates
+    counts, timed = micro_batch_tokens(training, case, task)
+    timed_steps = sorted(training.step_s[warmup_steps:])
     train_s = phases.readings["train"].seconds
-    method_s = [seconds.get(n) for n in ("reference", "warmup", "train")]
+    method_s = [seconds.get(n) for n in HEADLINE_PHASES]
     return {
         **{f"{name}_s": seconds.get(name) for name in PHASES},
         "between_phases_s": phases.between_s,
@@ -57,19 +62,26 @@ def time_values(
         "padded_tokens_per_s": (
             sum(padded for _, padded in timed) / train_s if settings.engine == "native" else None
         ),
-        "samples_per_s": len(timed) * settings.batch_size / train_s,
-        "pairs": steps * window,
+        "samples_per_s": timed_pairs / train_s,
+        "pairs": pairs,
         "steps": steps,
         "train_tokens": sum(real for real, _ in counts),
     }
 
 
 def micro_batch_tokens(
-    case: Case, task: TokenTask, steps: int
+    training: Training, case: Case, task: TokenTask
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(non-padding, padded) tokens of each micro-batch: of all steps, and of the timed ones."""
+    """(non-padding, padded) tokens of each micro-batch: of all steps, and of the timed ones.
+
+    Of a pipeline its last stage's; of PPO those of its epochs, not of rollout and scoring.
+    """
+    if training.ppo is not None:
+        updates = training.ppo.micro_batch_tokens
+        timed = updates[training.ppo.warmup_updates :]
+        return [c for update in updates for c in update], [c for update in timed for c in update]
     settings, sides = case.settings, METHODS[case.method].sides
-    pairs = steps * settings.batch_size * settings.gradient_accumulation
+    pairs = len(training.step_s) * settings.batch_size * settings.gradient_accumulation
     counts = [
         token_counts(task.train[at : at + settings.batch_size], sides)
         for at in range(0, pairs, settings.batch_size)
@@ -89,14 +101,14 @@ def other_cpu_ratio(reading: PhaseReading) -> float | None:
 
 def work_values(
     phases: Phases,
+    training: Training,
     case: Case,
     task: TokenTask,
-    steps: int,
     first_batch_flops: int | None,
     peak_flops_per_s: float | None,
 ) -> dict[str, float | int | None]:
-    """Operations, utilisation and energy of the training window; `steps` has the warm-up in it."""
-    counts, timed = micro_batch_tokens(case, task, steps)
+    """Operations, utilisation and energy of the training window."""
+    counts, timed = micro_batch_tokens(training, case, task)
     train = phases.readings["train"]
     # a GPU's energy is the parent's to read: the processors' is then not the training's
     energy_j = train.package_energy_j if train.torch_peak_allocated_bytes is None else None
@@ -193,6 +205,10 @@ def null_reasons(
         on_cpu if device.type == "cpu" else "not reported by the parent process",
     )  # fmt: skip
     reasons["reference_s"] = f"{case.method} has no reference"
+    if uses_ppo(case.method):
+        reasons["reference_s"] = "PPO asks its reference in each update: it is in score_s"
+    reasons["sft_s"] = f"{case.method} has no SFT stage before it"
+    reasons |= ppo_values.null_reasons(case)
     reasons["padded_tokens_per_s"] = "TRL's collators pad, and do not say how much"
     reasons["perplexity_floor"] = "the entropy of this text is not known"
     for name in ("host_peak_rss_bytes", "host_peak_rss_delta_bytes"):
@@ -217,7 +233,11 @@ def null_reasons(
             else "not reported by the parent process"
         )
     for name in ("train_flops", "flops_per_s", "mfu_ratio"):
-        reasons[name] = "the memory left after training did not hold one more step to count"
+        reasons[name] = (
+            "PPO's rollout, scoring and update are of different shapes and are not counted"
+            if uses_ppo(case.method)
+            else "the memory left after training did not hold one more step to count"
+        )
     if peak_flops_per_s is None:
         reasons["mfu_ratio"] = "the session's matrix product was not timed, or beside other work"
     reasons["other_cpu_ratio"] = "no /proc on this system"

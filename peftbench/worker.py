@@ -266,10 +266,9 @@ def _run(job: dict[str, Any], pipe: _Pipe) -> Any:
 
 def outcome_of(error: BaseException, phase: str) -> Outcome:
     """The status of an exception that ended a round."""
-    from peftbench.errors import UserError
+    from peftbench.errors import InvalidTrainingError, UserError
     from peftbench.measuring.phases import UnaccountedTimeError
     from peftbench.out_of_memory import is_out_of_memory, oom_bytes
-    from peftbench.pipeline import InvalidTrainingError
 
     text = without_secrets("".join(traceback.format_exception(error)))
     lines = without_secrets(str(error)).strip().splitlines()

@@ -2,6 +2,7 @@
 
     python scripts/claims.py quick output/run.json
     python scripts/claims.py cpu-real output/real.json
+    python scripts/claims.py ppo-truth output/truth.json
 
 Prints a line a claim with the value measured and exits with 1 if one does not hold. Differences are
 paired: the same held-out windows and pairs before and after, on every round (seed) of a case.
@@ -50,6 +51,12 @@ def own_target(row: dict[str, Any], item: dict[str, Any]) -> tuple[str, float, f
 
 def quick_claims(row: dict[str, Any], item: dict[str, Any], index: int) -> Iterator[Claim]:
     adapter, method = row["case"]["adapter"], row["case"]["method"]
+    if method == "ppo":
+        r = row["rounds"][index]
+        yield r["total_s"] <= 45, f"{r['total_s']:.0f} s in all phases (45 s promised)"
+        rises = r["ppo_history"][-1]["reward_mean"] > 0
+        yield rises, f"its reward rises by {r['ppo_history'][-1]['reward_mean']:.2f} deviations"
+        return
     if adapter in ("lora", "full") and method == "sft":
         r = row["rounds"][index]
         before, after, floor = (r[k] for k in ("perplexity_base", "perplexity", "perplexity_floor"))
@@ -73,7 +80,21 @@ def real_claims(row: dict[str, Any], item: dict[str, Any], index: int) -> Iterat
     yield gain > needed * error, text + (" (2 promised)" if needed == 2 else " (nothing promised)")
 
 
-CLAIMS = {"quick": quick_claims, "cpu-real": real_claims}
+def truth_claims(row: dict[str, Any], item: dict[str, Any], index: int) -> Iterator[Claim]:
+    """The true reward, not the reward model's opinion, in the base's own deviations."""
+    r = row["rounds"][index]
+    gain, unit = r["true_reward"] - r["true_reward_base"], r["true_reward_std_base"]
+    yield (
+        gain >= 0.5 * unit,
+        f"true reward {r['true_reward_base']:.3f} -> {r['true_reward']:.3f}, by {gain / unit:.2f}"
+        f" deviations of the base's (0.5 promised); KL {r['kl_to_base_nats_per_token']:.2f} nats a"
+        f" token; reward model {r['reward_model_score_base']:.2f} -> {r['reward_model_score']:.2f},"
+        f" right on {r['reward_model_accuracy']:.1%} of the pairs; wins {r['win_ratio']:.1%}",
+    )
+    yield r["method_s"] <= 90, f"{r['method_s']:.0f} s, {r['total_s']:.0f} s in all (90 s promised)"
+
+
+CLAIMS = {"quick": quick_claims, "cpu-real": real_claims, "ppo-truth": truth_claims}
 
 
 def main() -> int:

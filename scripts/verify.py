@@ -38,6 +38,11 @@ PARTS: dict[str, list[list[str]]] = {
         [*PYTEST, "bench", "--seeds", "3", f"--benchmark-json={JSON.format('seeds')}"],
         [sys.executable, "scripts/claims.py", "quick", JSON.format("seeds")],
     ],
+    # that PPO raises the true reward, not only its reward model's opinion; about 20 minutes
+    "ppo-truth": [
+        [*PYTEST, "bench", "--preset", "ppo-truth", f"--benchmark-json={JSON.format('truth')}"],
+        [sys.executable, "scripts/claims.py", "ppo-truth", JSON.format("truth")],
+    ],
     # the real model on real text, about an hour
     "cpu-real": [
         [*PYTEST, "bench", "--preset", "cpu-real", f"--benchmark-json={JSON.format('real')}"],

@@ -20,11 +20,13 @@ from peftbench.adapters import (
     merged,
     moved_ratio,
     save_adapter,
+    shared_copy,
     snapshot,
     trainable_names,
 )
 from peftbench.case import Settings
 from peftbench.errors import UserError
+from peftbench.methods import METHODS, stages
 from peftbench.models import disable_dropout, load_model
 from peftbench.quantization import layers_4bit
 from peftbench.targets import ia3_targets, linear_shapes, lora_targets
@@ -376,7 +378,30 @@ def test_left_padded_rows_with_their_positions_give_the_unpadded_logits(
 
 @pytest.mark.parametrize("adapter", ["lora", "qlora", "ia3", "prefix"])
 def test_a_row_exists_for_each_adapter_with_a_rate_for_each_method(adapter: str) -> None:
-    assert set(ADAPTERS[adapter].learning_rates) >= {"sft", "dpo", "orpo"}
+    stages_of_all = {stage for method in METHODS for stage in stages(method)}
+    assert set(ADAPTERS[adapter].learning_rates) >= stages_of_all
+    assert "reward" in ADAPTERS["lora"].learning_rates
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_shared_copy_is_the_base_and_costs_no_weights(folder: str, adapter: str) -> None:
+    """4-bit scales included; what is put on one tree is not on the other."""
+    base = load(folder, adapter)
+    expected = logits(base)
+    twin = shared_copy(base)
+    assert {p.data_ptr() for p in twin.parameters()} == {p.data_ptr() for p in base.parameters()}
+    for layer, other in zip(layers_4bit(base).values(), layers_4bit(twin).values(), strict=True):
+        assert layer.weight.quant_state is other.weight.quant_state
+        assert layer.quant_state is other.quant_state
+    if adapter == "full":
+        return_value = logits(twin)
+        assert torch.equal(return_value, expected)
+        return
+    model = attach(base, adapter, SETTINGS)
+    train(model, steps=2)
+    assert not torch.equal(logits(model), expected)
+    assert torch.equal(logits(twin), expected)
+    assert not trainable_names(twin)
 
 
 # --- what single adapters do ---

@@ -57,6 +57,19 @@ NAMES = {
     "model of a user who is not": (["--models", "~no-such-user/x"], "no-such-user"),
     "data of a user who is not": (["--data", "~no-such-user/x"], "no-such-user"),
     "rate is nan": (["--learning-rate", "nan"], "learning_rate is nan"),
+    "minibatch beyond the batch": (
+        ["--methods", "ppo", "--ppo-minibatch-size", "64"],
+        "multiple of the minibatch, which is 64",
+    ),
+    "no update to time": (["--methods", "ppo", "--pairs", "32"], "nothing is left to time"),
+    "truth of other text": (
+        ["--methods", "ppo", "--reward", "true", "--data", "synthetic"],
+        "known of tinywiki only",
+    ),
+    "response beyond context": (
+        ["--methods", "ppo", "--completion-length", "600"],
+        "but the model's context is",
+    ),
     "beta of 0": (["--beta", "0"], "beta is 0.0; it must be a number above 0"),
     "benchmarks disabled": (["--benchmark-disable"], "do not work with bench/"),
     "no time for a case": (["--case-timeout", "0"], "it must be above 0"),

@@ -8,10 +8,18 @@ from dataclasses import fields, replace
 import pytest
 
 from peftbench.adapters import ADAPTERS
-from peftbench.case import CHOICES, PRESETS, Case, Settings, check_settings, public_name
+from peftbench.case import (
+    CHOICES,
+    PRESETS,
+    Case,
+    Settings,
+    check_ppo,
+    check_settings,
+    public_name,
+)
 from peftbench.data.loading import check_lengths
 from peftbench.errors import UserError, unknown_name
-from peftbench.methods import METHODS
+from peftbench.methods import METHODS, uses_ppo
 from peftbench.models import MODELS, model_context, resolved
 
 
@@ -71,6 +79,17 @@ def test_steps_are_whole_windows_of_the_pairs():
         ({"pairs": 32, "batch_size": 16}, "2 steps, of which 2 warm up"),
         ({"engine": "jax"}, "unknown engine 'jax'; choose from: native, trl"),
         ({"dtype": "float16"}, "unknown dtype 'float16'"),
+        ({"value": "none"}, "unknown value 'none'; choose from: head, adapter"),
+        ({"reward": "best"}, "unknown reward 'best'; choose from: model, true, count-token, none"),
+        ({"reward": "true", "data": "wikitext-2"}, "known of tinywiki only, not of 'wikitext-2'"),
+        ({"missing_eos": "drop"}, "unknown missing_eos 'drop'"),
+        ({"missing_eos_score": math.nan}, "missing_eos_score is nan"),
+        ({"ppo_batch_size": 0}, "ppo_batch_size is 0; it must be at least 1"),
+        ({"ppo_minibatch_size": -1}, "ppo_minibatch_size is -1; it must not be negative"),
+        ({"ppo_epochs": 0}, "ppo_epochs is 0"),
+        ({"ppo_kl_coef": -0.1}, "ppo_kl_coef is -0.1"),
+        ({"ppo_gamma": 1.5}, "ppo_gamma is 1.5; it must be between 0 and 1"),
+        ({"ppo_temperature": 0.0}, "ppo_temperature is 0.0; it must be above 0"),
     ],
 )
 def test_settings_that_cannot_work_say_so_in_one_line(change, says):
@@ -88,6 +107,15 @@ def test_presets_name_only_what_the_tables_have_and_pass_the_checks(name):
     assert set(preset.adapters) <= set(ADAPTERS)
     assert set(preset.methods) <= set(METHODS)
     assert preset.about
+    for model, adapter, method in preset.cells():
+        assert model in MODELS
+        assert adapter in ADAPTERS
+        settings = preset.settings_of(method)
+        check_settings(settings)
+        if uses_ppo(method):
+            check_ppo(settings)
+        else:  # what only PPO needs must not move the hash of the others
+            assert settings == preset.settings
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -100,10 +128,49 @@ def test_presets_fit_their_models_contexts(name):
         check_lengths(preset.settings, context - preset.settings.prefix_tokens)
 
 
-def test_quick_preset_is_the_30_cases():
+def test_quick_preset_is_30_cases_and_ppo_for_lora_and_full():
     quick = PRESETS["quick"]
-    assert len(quick.models) * len(quick.adapters) * len(quick.methods) == 30
+    cells = quick.cells()
+    assert len(cells) == len(set(cells)) == 34
+    assert [c for c in cells if c[2] == "ppo"] == [
+        (m, a, "ppo") for m in ("tiny-gpt2", "tiny-llama") for a in ("full", "lora")
+    ]
+    assert cells[3] == ("tiny-gpt2", "full", "ppo")  # beside the methods of its adapter
     assert quick.settings.data == "tinywiki"
+
+
+def test_quick_full_is_every_adapter_and_method():
+    full = PRESETS["quick-full"]
+    assert set(full.adapters) == set(ADAPTERS)
+    assert set(full.methods) == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"ppo_batch_size": 8}, "a multiple of the minibatch, which is 16"),
+        ({"ppo_batch_size": 40}, "ppo_batch_size is 40; it must be a multiple"),
+        ({"ppo_minibatch_size": 128}, "a multiple of the minibatch, which is 128"),
+        ({"gradient_accumulation": 3, "ppo_minibatch_size": 32}, "gradient_accumulation 3"),
+        ({"pairs": 64}, "64 pairs are 1 PPO updates of 64 prompts, of which 1 warm up"),
+        ({"pairs": 32}, "32 pairs are 0 PPO updates"),
+    ],
+)
+def test_budgets_that_ppo_cannot_divide_are_refused_for_ppo_alone(change, says):
+    settings = replace(Settings(warmup_steps=1), **change)
+    check_settings(settings)
+    with pytest.raises(UserError) as error:
+        check_ppo(settings)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_ppo_counts_its_own_updates_and_steps():
+    settings = Settings(pairs=200, ppo_batch_size=64, batch_size=8, warmup_steps=2, ppo_epochs=1)
+    assert (settings.ppo_updates, settings.ppo_minibatches) == (3, 8)
+    assert settings.ppo_warmup_updates == 1  # 2 steps are within the first update's 8
+    assert replace(settings, warmup_steps=9).ppo_warmup_updates == 2
+    assert replace(settings, ppo_minibatch_size=32).ppo_minibatches == 2
 
 
 def test_a_rate_that_changes_in_a_table_changes_the_hash():
@@ -111,6 +178,12 @@ def test_a_rate_that_changes_in_a_table_changes_the_hash():
     found = resolved(case)
     assert found.settings.learning_rate == MODELS["tiny-gpt2"].learning_rates["lora"]["sft"]
     assert resolved(Case("gpt-2", "ia3", "dpo")).settings.learning_rate == 5e-3  # the adapter's
+    rates = MODELS["tiny-gpt2"].learning_rates["lora"]
+    pipeline = resolved(replace(case, method="sft+ppo")).settings
+    assert pipeline.learning_rate == rates["ppo"]
+    assert pipeline.sft_learning_rate == rates["sft"]
+    assert pipeline.reward_learning_rate == rates["reward"]
+    assert found.settings.sft_learning_rate == found.settings.reward_learning_rate == 0
     given = replace(case, settings=replace(case.settings, learning_rate=0.5))
     assert resolved(given) == given
     assert len({case.hash, found.hash, given.hash}) == 3

@@ -12,8 +12,9 @@ import pytest
 from bench_run import ROOT, bench, cases, namespace, own_compare, rows
 
 from peftbench.case import Case, Settings
+from peftbench.errors import InvalidTrainingError
 from peftbench.metrics import METRICS, PHASES
-from peftbench.worker import PRELOAD_CUDA
+from peftbench.worker import PRELOAD_CUDA, outcome_of
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,47 @@ def test_reference_is_charged_to_the_method(smoke):
     assert dpo["first_loss"] == pytest.approx(
         0.6931, abs=1e-3
     )  # log 2: the policy is the reference
+
+
+def test_ppo_and_the_pipelines_leave_records_that_add_up(tmp_path):
+    code, text, run = bench(
+        tmp_path, "--adapters", "lora", "--methods", "ppo,sft+dpo,sft+ppo", "--ppo-batch-size",
+        "16", "--eval-completions", "16",
+    )  # fmt: skip
+    assert code == 0, text
+    found = {name.removeprefix("tiny-gpt2-lora-"): row for name, row in rows(run).items()}
+    assert set(found) == {"ppo", "sft+dpo", "sft+ppo"}
+    for method, row in found.items():
+        for name in METRICS:
+            assert (row[name] is None) == (name in row["null_reasons"]), (method, name)
+        stages = ("sft_s", "reward_model_s", "reference_s", "warmup_s", "train_s")
+        assert row["method_s"] == pytest.approx(sum(row[n] or 0.0 for n in stages))
+        assert (row["sft_s"] is None) == (method == "ppo")
+        assert (row["reward_model_s"] is None) == (method == "sft+dpo")
+        assert row["true_reward_base"] is not None
+        assert row["pairs"] == 32
+    dpo = found["sft+dpo"]
+    assert dpo["first_loss"] == pytest.approx(0.6931, abs=1e-3)  # its reference is where it starts
+    assert dpo["ppo_history"] is None
+    shapes = [(128, 384), (128, 128), (128, 512), (512, 128)]
+    for row in (found["ppo"], found["sft+ppo"]):
+        assert row["trainable_params"] == 4 * sum(8 * (i + o) for i, o in shapes)  # as LoRA's SFT
+        parts = row["rollout_s"] + row["score_s"] + row["update_s"]
+        assert parts == pytest.approx(row["train_s"], rel=0.05)
+        assert [update["episodes"] for update in row["ppo_history"]] == [16, 16]
+        assert row["steps"] == 2 * 4 * 2  # updates x epochs x minibatches of 8
+        assert row["rounds"][0]["ppo_history"] == row["ppo_history"]
+        assert 0 <= row["win_ratio"] <= 1
+        assert 0 <= row["reward_model_accuracy"] <= 1
+    # of a pipeline's reference the adapter is a copy, float32
+    assert found["sft+ppo"]["reference_bytes"] == 4 * found["sft+ppo"]["trainable_params"]
+    assert found["ppo"]["reference_bytes"] == 0
+
+
+def test_a_reward_that_is_not_finite_is_invalid():
+    outcome = outcome_of(InvalidTrainingError("the reward of completion 3 is nan"), "warmup")
+    assert (outcome.status, outcome.phase) == ("invalid", "warmup")
+    assert outcome.reason == "the reward of completion 3 is nan"
 
 
 def test_qlora_records_both_bases(smoke):

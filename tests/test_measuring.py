@@ -28,7 +28,7 @@ from peftbench.measuring.sentinels import time_sentinels
 from peftbench.pipeline import Gate
 from peftbench.progress import Progress
 from peftbench.session import Session
-from peftbench.training import gradient_bytes, state_bytes
+from peftbench.training import Training, gradient_bytes, state_bytes
 from peftbench.values import disturbances, work_values
 
 CPU = torch.device("cpu")
@@ -236,9 +236,10 @@ def test_work_values_equal_arithmetic():
     pairs = tuple(TokenPair((1, 2), (3,) * n, (4,)) for n in (3, 1, 3, 3, 1, 1))
     task = TokenTask("", "", pairs, (), (), (), 0, None, 0, 0)
     case = Case("m", "lora", "sft", Settings(pairs=6, batch_size=2, warmup_steps=1))
+    training = Training([0.0] * 3, [0.1] * 3, 0, 0)
     watch = clock()
     watch.readings["train"] = reading(2.0, other_cpu_s=0.5)
-    found = work_values(watch, case, task, 3, 1000, 400.0)
+    found = work_values(watch, training, case, task, 1000, 400.0)
     # padded tokens: 10 in the first batch, 10 and 6 in the two that count
     assert found["train_flops"] == 1000 / 10 * 16
     assert found["flops_per_s"] == 800.0
@@ -246,7 +247,7 @@ def test_work_values_equal_arithmetic():
     assert found["other_cpu_ratio"] == 0.5 / (2.0 * (os.cpu_count() or 1))
     assert found["energy_j"] == 30.0
     assert found["energy_per_token_j"] == 30.0 / (5 + 5 + 3 + 3)
-    assert "train_flops" not in work_values(watch, case, task, 3, None, 400.0)
+    assert "train_flops" not in work_values(watch, training, case, task, None, 400.0)
 
 
 def test_a_round_on_a_shared_machine_says_so():

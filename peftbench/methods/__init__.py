@@ -20,4 +20,25 @@ METHODS: dict[str, MethodRow] = {
     "sft": MethodRow("supervised fine-tuning", "chosen", False, "nll_per_token"),
     "dpo": MethodRow("Direct Preference Optimization", "both", True, "preference_accuracy"),
     "orpo": MethodRow("Odds Ratio Preference Optimization", "both", False, "preference_accuracy"),
+    "ppo": MethodRow("Proximal Policy Optimization", "both", False, "true_reward"),
+    "sft+dpo": MethodRow(
+        "DPO that starts at, and refers to, an SFT model", "both", True, "preference_accuracy"
+    ),
+    "sft+ppo": MethodRow(
+        "PPO that starts at, and refers to, an SFT model", "both", False, "true_reward"
+    ),
 }
+
+
+def stages(method: str) -> tuple[str, ...]:
+    """What is trained after one another: `sft+dpo` is sft, then dpo."""
+    return tuple(method.split("+"))
+
+
+def uses_ppo(method: str) -> bool:
+    return stages(method)[-1] == "ppo"
+
+
+def samples_completions(method: str, data: str) -> bool:
+    """Whether held-out prompts are completed: where truth is known, or PPO's reward judges them."""
+    return data == "tinywiki" or uses_ppo(method)

@@ -1,0 +1,327 @@
+"""The PPO loop: rollout, score, update, on one copy of the base.
+
+Policy, reference, reward and value are trees of modules over the same frozen weights, so nothing is
+switched. Passes over the base per update: the rollout (one over the prompts, then one token at a
+time), policy and old values together, reference, reward; then forward and backward of policy and
+value together, `ppo_epochs` times. `full` has no frozen base: a frozen copy is its reference.
+
+docs/ppo.md maps the 34 lines of the PPO checklist to the code here and its tests.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peftbench import rollout
+from peftbench.batches import Batch, collate
+from peftbench.data.task import TokenPair, TokenTask
+from peftbench.errors import InvalidTrainingError, UserError
+from peftbench.methods import ppo
+from peftbench.methods.reward import check_finite, check_shape
+from peftbench.ppo_roles import Roles, score_tokens, score_values
+from peftbench.rollout import Rollout
+from peftbench.training import (
+    Gate,
+    StepClock,
+    Training,
+    build_optimizer,
+    build_schedule,
+    gradient_bytes,
+    state_bytes,
+    synchronize,
+)
+
+if TYPE_CHECKING:
+    from peftbench.case import Settings
+
+ADAM_EPS = 1e-5  # source: N implementation details of RLHF with PPO, detail 28
+# How far the ratio of the first minibatch may be from 1: rounding, nothing else.
+RATIO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+
+
+@dataclass(frozen=True)
+class PPOOutcome:
+    """What PPO leaves beside the model and its losses."""
+
+    history: list[dict[str, float | int | None]]  # one row an update, warm-up included
+    warmup_updates: int
+    micro_batch_tokens: list[list[tuple[int, int]]]  # per update: (non-padding, padded) in training
+    rows_read: list[tuple[int, ...]]  # prompt and completion of every episode
+    roles: Roles  # as they stand when the training has ended
+
+
+@dataclass
+class Experience:
+    """One update's episodes, scored. Tensors are (B, C), padded to the longest completion."""
+
+    pairs: list[TokenPair]
+    mask: torch.Tensor
+    logprobs: torch.Tensor  # of the policy that sampled, teacher-forced
+    values: torch.Tensor
+    advantages: torch.Tensor  # whitened
+    returns: torch.Tensor
+
+
+class PPO:
+    """The state of one PPO training: policy, roles, optimiser, random state, history."""
+
+    def __init__(
+        self, model: Any, roles: Roles, task: TokenTask, settings: Settings, eos_id: int
+    ) -> None:
+        self.model, self.roles, self.task = model, roles, task
+        self.settings, self.eos_id = settings, eos_id
+        self.device = next(model.parameters()).device
+        self.policy_parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = list(self.policy_parameters)
+        if roles.value_head is not None:
+            self.parameters += list(roles.value_head.parameters())
+        if roles.value_model is not None:
+            self.parameters += roles.value_model.own_parameters()
+        self.updates = settings.ppo_updates
+        self.micro_batch = settings.ppo_minibatch // settings.gradient_accumulation
+        self.optimizer = build_optimizer(
+            self.parameters, settings, settings.learning_rate, ADAM_EPS
+        )
+        steps = self.updates * settings.ppo_epochs * settings.ppo_minibatches
+        self.schedule = build_schedule(self.optimizer, settings, steps)
+        self.generator = torch.Generator(self.device)
+        self.permutations = torch.Generator()
+        self.clock = StepClock(self.device)
+        self.losses: list[float] = []
+        self.history: list[dict[str, float | int | None]] = []
+        self.micro_batch_tokens: list[list[tuple[int, int]]] = []
+        self.rows_read: list[tuple[int, ...]] = []
+        self.grad_bytes = 0
+
+    def update(self, index: int) -> None:
+        """One update: each part ends with the device's results on the host, its only wait."""
+        started_s = time.perf_counter()
+        sampled = self.roll_out(index)
+        rolled_s = time.perf_counter()
+        experience, row = self.score(index, sampled)
+        scored_s = time.perf_counter()
+        row |= self.learn(index, experience)
+        ended_s = time.perf_counter()
+        lengths = [len(c) for c in sampled.completions]
+        self.rows_read += [p.prompt + p.chosen for p in sampled.pairs]
+        self.history.append({
+            "update": index,
+            "rollout_s": rolled_s - started_s,
+            "score_s": scored_s - rolled_s,
+            "update_s": ended_s - scored_s,
+            "episodes": len(lengths),
+            "response_tokens": sum(lengths) / len(lengths),
+            **row,
+        })  # fmt: skip
+
+    def roll_out(self, index: int) -> Rollout:
+        """Sample one completion for each of the next prompts; the seed is the update's own."""
+        settings, size = self.settings, self.settings.ppo_batch_size
+        prompts = [p.prompt for p in self.task.train[index * size : (index + 1) * size]]
+        self.generator.manual_seed(settings.seed * 100_003 + index)
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self.autocast():
+            sampled = rollout.sample(
+                self.model, prompts, settings.completion_length, settings.ppo_temperature,
+                self.eos_id, self.generator,
+            )  # fmt: skip
+        self.model.train(was_training)
+        return sampled
+
+    def score(
+        self, index: int, sampled: Rollout
+    ) -> tuple[Experience, dict[str, float | int | None]]:
+        """Old log-probabilities, values, reference and reward of what was sampled."""
+        settings, roles, pairs = self.settings, self.roles, sampled.pairs
+        lengths = torch.tensor([[len(c)] for c in sampled.completions], device=self.device)
+        mask = torch.arange(sampled.logprobs.shape[1], device=self.device) < lengths
+        old, values, reference = (torch.zeros_like(sampled.logprobs) for _ in range(3))
+        scores = torch.zeros(len(pairs), device=self.device)
+        entropy = torch.zeros((), device=self.device)
+        with torch.no_grad(), self.autocast():
+            for at in range(0, len(pairs), self.micro_batch):
+                rows = slice(at, at + self.micro_batch)
+                batch = collate(pairs[rows], "chosen", self.device)
+                width = batch.completion_length
+                old[rows, :width], found, logits = self.policy(batch)
+                values[rows, :width] = found
+                # row by row: a batch's worth of probabilities would be as large as its logits
+                for row_logits, kept in zip(logits, batch.completion_mask, strict=True):
+                    entropy += (ppo.entropy(row_logits) * kept).sum()
+                del logits
+                reference[rows, :width] = score_tokens(
+                    roles.reference, batch, settings.ppo_temperature, None
+                )[0]
+                if roles.reward_model is not None:
+                    scores[rows] = roles.reward_model.scores(batch)
+        if roles.reward_model is not None and index == 0:
+            # the policy has not moved: these are samples of the reference
+            scores = roles.reward_model.normalise(scores)
+        if roles.reward is not None:
+            scores = roles.reward(sampled.prompts, sampled.completions)
+        scores = check_shape(scores, len(pairs)).to(self.device)
+        given = ppo.with_missing_eos(
+            scores, sampled.ended, settings.missing_eos, settings.missing_eos_score
+        )
+        rewards = ppo.token_rewards(old, reference, given, mask, settings.ppo_kl_coef)
+        advantages, returns = ppo.advantages_and_returns(
+            rewards, values, mask, settings.ppo_gamma, settings.ppo_gae_lambda
+        )
+        k1, k2, k3 = (ppo.masked_mean(k, mask) for k in ppo.kl_estimates(old, reference))
+        means = torch.stack([
+            sampled.ended.float().mean(), scores.mean(), scores.std(correction=0), k1, k2, k3,
+            entropy / mask.sum(), ppo.explained_variance(values, returns, mask),
+        ])  # fmt: skip
+        numbers = torch.cat([means, scores]).tolist()  # waits for the device
+        check_finite(numbers[len(means) :])
+        names = ("eos_ratio", "reward_mean", "reward_std", "kl_k1", "kl_k2", "kl_k3", "entropy",
+                 "explained_variance")  # fmt: skip
+        row: dict[str, float | int | None] = dict(zip(names, numbers[: len(means)], strict=True))
+        if not math.isfinite(numbers[len(means) - 1]):
+            row["explained_variance"] = None  # all returns are equal: nothing to explain
+        experience = Experience(pairs, mask, old, values, ppo.whiten(advantages, mask), returns)
+        return experience, row
+
+    def policy(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(log-probabilities, values, logits): one pass where the value is a head on the trunk."""
+        roles = self.roles
+        logprobs, values, logits = score_tokens(
+            self.model, batch, self.settings.ppo_temperature, roles.value_head
+        )
+        if roles.value_model is not None:
+            values = score_values(roles.value_model, batch)
+        assert values is not None
+        return logprobs, values, logits
+
+    def learn(self, index: int, experience: Experience) -> dict[str, float | int | None]:
+        """`ppo_epochs` passes over the episodes, each in an order of its own; one optimiser step a
+        minibatch."""
+        settings = self.settings
+        self.permutations.manual_seed(settings.seed * 100_003 + index)
+        minibatch = settings.ppo_minibatch
+        sums: list[torch.Tensor] = []
+        counts: list[tuple[int, int]] = []
+        for _ in range(settings.ppo_epochs):
+            order = torch.randperm(len(experience.pairs), generator=self.permutations).tolist()
+            for at in range(0, len(order), minibatch):
+                self.clock.mark()
+                self.optimizer.zero_grad(set_to_none=True)
+                sums.append(self.minibatch(experience, order[at : at + minibatch], counts))
+                if index == 0 and len(sums) == 1:
+                    self.check_gradients()
+                if settings.max_grad_norm > 0:
+                    torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm)
+                self.optimizer.step()
+                self.schedule.step()
+                self.clock.mark()
+        self.micro_batch_tokens.append(counts)
+        steps = torch.stack(sums).tolist()  # waits for the device
+        self.check_first_minibatch(steps[0])
+        columns = [math.fsum(column) / len(steps) for column in zip(*steps, strict=True)]
+        losses = [step[0] + settings.ppo_value_coef * step[1] for step in steps]
+        for step, loss in enumerate(losses, start=len(self.losses) + 1):
+            if not math.isfinite(loss):  # here, as nothing can be sampled from such a policy
+                raise InvalidTrainingError(f"the loss is {loss} at step {step}")
+        self.losses += losses
+        names = ("policy_loss", "value_loss", "approx_kl", "clip_ratio")
+        return dict(zip(names, columns, strict=False))
+
+    def minibatch(
+        self, experience: Experience, order: list[int], counts: list[tuple[int, int]]
+    ) -> torch.Tensor:
+        """Gradients of one minibatch; (5,) policy loss, value loss, k3 of old and new, share of
+        clipped tokens, and the largest |log ratio|."""
+        settings, size = self.settings, self.micro_batch
+        tokens = sum(len(experience.pairs[i].chosen) for i in order)
+        total = torch.zeros(5, device=self.device)
+        for at in range(0, len(order), size):
+            rows = order[at : at + size]
+            batch = collate([experience.pairs[i] for i in rows], "chosen", self.device)
+            counts.append((int(sum(len(experience.pairs[i].prompt) + len(experience.pairs[i].chosen)
+                                   for i in rows)), batch.input_ids.numel()))  # fmt: skip
+            width, mask = batch.completion_length, batch.completion_mask
+            picked = torch.tensor(rows, device=self.device)
+            old, old_values, advantages, returns = (
+                t[picked, :width]
+                for t in (experience.logprobs, experience.values, experience.advantages,
+                          experience.returns)
+            )  # fmt: skip
+            with self.autocast():
+                logprobs, values, _ = self.policy(batch)
+            clip = settings.ppo_clip_range
+            policy = ppo.policy_loss(logprobs, old, advantages, mask, clip, tokens)
+            value = ppo.value_loss(values, old_values, returns, mask, clip, tokens)
+            torch.autograd.backward(policy + settings.ppo_value_coef * value)
+            with torch.no_grad():
+                # old minus new, as the sample came from the old policy
+                k3 = (ppo.kl_estimates(old, logprobs)[2] * mask).sum() / tokens
+                clipped = ppo.clipped_tokens(logprobs, old, mask, clip) / tokens
+                total[:4] += torch.stack([policy.detach(), value.detach(), k3, clipped])
+                total[4] = torch.maximum(total[4], ((logprobs - old) * mask).abs().max())
+        return total
+
+    def check_first_minibatch(self, step: list[float]) -> None:
+        """Raise RuntimeError unless the policy of the first minibatch is the one that was scored.
+
+        Then every ratio is 1, the approximate KL 0 and nothing clipped.
+        """
+        _, _, approx_kl, clip_ratio, log_ratio = step
+        tolerance = RATIO_TOLERANCE[self.settings.dtype]
+        if log_ratio > tolerance or approx_kl > tolerance or clip_ratio > 0:
+            raise RuntimeError(
+                f"the first minibatch's policy is not the one that was scored: log ratio up to"
+                f" {log_ratio:.2g}, KL {approx_kl:.2g}, {clip_ratio:.1%} clipped"
+            )
+
+    def check_gradients(self) -> None:
+        """Raise RuntimeError for a trained parameter without a gradient; count their bytes."""
+        if any(p.grad is None for p in self.parameters):
+            missing = sum(p.grad is None for p in self.parameters)
+            raise RuntimeError(f"{missing} of {len(self.parameters)} parameters have no gradient")
+        self.grad_bytes = gradient_bytes(self.parameters)
+
+    def autocast(self) -> Any:
+        bf16 = self.settings.dtype == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+
+
+def train(
+    model: Any, roles: Roles, task: TokenTask, settings: Settings, eos_id: int | None, gate: Gate
+) -> Training:
+    """Train in place, one update for each `ppo_batch_size` prompts of the pairs.
+
+    Raises: UserError without an EOS token: no completion could end.
+    """
+    if eos_id is None:
+        raise UserError("ppo needs a model with an EOS token: without one no completion ends")
+    model.train()
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    state = PPO(model, roles, task, settings, eos_id)
+    started_s = time.perf_counter()
+    for index in range(state.updates):
+        if index == settings.ppo_warmup_updates:
+            synchronize(state.device)
+            gate.warmed_up()
+            started_s = time.perf_counter()
+        state.update(index)
+        timed = index >= settings.ppo_warmup_updates
+        if timed and 0 < settings.time_budget_s <= time.perf_counter() - started_s:
+            break
+    synchronize(state.device)
+    gate.trained()
+    state.optimizer.zero_grad(set_to_none=True)
+    return Training(
+        state.losses, state.clock.step_s(), state.grad_bytes, state_bytes(state.optimizer),
+        PPOOutcome(
+            state.history, settings.ppo_warmup_updates, state.micro_batch_tokens, state.rows_read,
+            roles,
+        ),
+    )  # fmt: skip
