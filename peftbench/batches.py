@@ -67,7 +67,7 @@ def collate(pairs: Sequence[TokenPair], sides: Sides, device: torch.device | str
     present = on_device[1].bool()
     return Batch(
         on_device[0], on_device[1], on_device[2], present[:, P:].clone(), present[:, :P].clone(),
-        padded=not bool(mask.all()),
+        padded=any(len(p) < P or len(c) < C for p, c in zip(prompts, completions, strict=True)),
     )  # fmt: skip
 
 

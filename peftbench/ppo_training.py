@@ -32,6 +32,7 @@ from peftbench.training import (
     build_optimizer,
     build_schedule,
     gradient_bytes,
+    masks_from_lengths,
     state_bytes,
     synchronize,
 )
@@ -291,6 +292,7 @@ class PPO:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
 
+@masks_from_lengths()
 def train(
     model: Any, roles: Roles, task: TokenTask, settings: Settings, eos_id: int | None, gate: Gate
 ) -> Training:

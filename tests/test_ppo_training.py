@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from sync_counter import SyncCounter
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from peftbench import adapters, ppo_roles, ppo_training, rollout, training
@@ -232,6 +233,45 @@ def test_the_first_minibatch_has_ratio_1(name, adapter, monkeypatch):
         assert abs(log_ratio) < 1e-5
         assert abs(approx_kl) < 1e-6
         assert clip_ratio == 0
+
+
+def test_a_part_of_an_update_waits_for_the_device_once(monkeypatch):
+    """At its end, to read its results. The rollout's flag that all have ended is read on the host,
+    which a CPU cannot tell from a wait: in there only the reads of results are counted."""
+    counter, reads = SyncCounter(), []
+    model, plain, settings = start("llama", "lora", reward="model")
+    roles = make_roles(model, plain, "lora", settings)
+    read, honest = torch.Tensor.tolist, rollout.sample
+
+    def tolist(tensor: torch.Tensor) -> Any:
+        if counter.open or sampling:
+            reads.append(tuple(tensor.shape))
+        return read(tensor)
+
+    sampling: list[bool] = []
+
+    def sample(*arguments: Any) -> rollout.Rollout:
+        was_open, counter.open = counter.open, False
+        sampling.extend([True] * was_open)
+        found = honest(*arguments)
+        counter.open = was_open
+        sampling.clear()
+        return found
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    monkeypatch.setattr(rollout, "sample", sample)
+    monkeypatch.setattr(training, "synchronize", counter.synchronize)
+    monkeypatch.setattr(ppo_training, "synchronize", counter.synchronize)
+    counter.synchronized = 1  # as the roles' making would have done
+    with counter:
+        outcome = ppo_training.train(model, roles, make_task(), settings, EOS, counter)
+    assert outcome.ppo is not None
+    timed = len(outcome.ppo.history) - outcome.ppo.warmup_updates
+    assert timed == 2
+    assert counter.waits == []
+    orders = [shape for shape in reads if shape == (settings.ppo_batch_size,)]
+    assert len(orders) == settings.ppo_epochs * timed  # permutations, drawn on the host
+    assert len(reads) - len(orders) == 3 * timed
 
 
 def test_another_policy_than_the_scored_one_is_noticed(monkeypatch):

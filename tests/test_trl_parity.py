@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from sync_counter import SyncCounter
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -380,49 +380,6 @@ def test_a_trl_without_the_experimental_orpo_is_refused_in_one_line(
         trl_engine.train(
             model, make_task(40), settings, "orpo", Gate(), reference_of(model, "lora")
         )
-
-
-class SyncCounter(TorchDispatchMode):
-    """Counts, while its window is open, what would make the host wait for a GPU.
-
-    That is reading a value (`.item()`, `float()`, `bool()`) and everything whose result's shape
-    depends on values. It also counts `synchronize`, of which a window has one at each end.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open = False
-        self.waits: list[str] = []
-        self.synchronized = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        by_mask = name.startswith("index") and any(
-            isinstance(i, torch.Tensor) and i.dtype == torch.bool
-            for argument in args
-            if isinstance(argument, (list, tuple))
-            for i in argument
-        )
-        waits = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"}
-        if self.open and (name in waits or by_mask):
-            self.waits.append(name)
-        return func(*args, **(kwargs or {}))
-
-    def synchronize(self, device: torch.device) -> None:
-        self.synchronized += 1
-
-    # the gate of a training
-    def prepared(self) -> None: ...
-
-    def reference_done(self) -> None: ...
-
-    def warmed_up(self) -> None:
-        assert self.synchronized == 2  # before the warm-up and, just now, after it
-        self.open = True
-
-    def trained(self) -> None:
-        assert self.synchronized == 3
-        self.open = False
 
 
 def waits_in_the_window(
