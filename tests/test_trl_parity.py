@@ -395,7 +395,7 @@ def waits_in_the_window(
     return counter.waits
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", trl_engine.TRL_METHODS)
 def test_nothing_in_the_native_window_waits_for_the_device(
     bases: dict[str, Path], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
