@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--preset", "smoke", "--pairs", "32", "--batch-size", "8", "--eval-tokens", "600",
-         "--eval-pairs", "20", "--threads", "1"]  # fmt: skip
+         "--eval-pairs", "20", "--eval-completions", "8", "--threads", "1"]  # fmt: skip
 
 
 def start(

@@ -133,6 +133,8 @@ def start_fetch(
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         start_new_session=True,  # so that a signal can go to it and to pip, as from a terminal
+        # a shell's background jobs ignore Ctrl-C, and so would this one
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
