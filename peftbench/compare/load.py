@@ -70,7 +70,9 @@ class Session:
 
     @property
     def run_ids(self) -> frozenset[str]:
-        return frozenset(r.run_id for row in self.cases.values() for r in row.rounds)
+        """"?" stands for a file that names none, and is no run."""
+        found = (r.run_id for row in self.cases.values() for r in row.rounds)
+        return frozenset(run_id for run_id in found if run_id != "?")
 
 
 def read_session(path: Path) -> Session:

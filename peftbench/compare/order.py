@@ -148,16 +148,22 @@ def by_version(sessions: list[Session], subject: str) -> list[Session]:
 
 
 def topology(commits: set[str]) -> dict[str, int]:
-    """Position of each commit that the repository of the working folder knows; {} without one."""
-    if not commits:
+    """Position of each commit, given whole or abbreviated, that the working folder's repository
+    knows; {} without a repository."""
+    wanted = sorted(c for c in commits if c and not c.startswith("-") and "\n" not in c)
+    if not wanted:
         return {}
-    wanted = sorted(commits)
-    exist = _git(["cat-file", "--batch-check=%(objectname) %(objecttype)"], "\n".join(wanted))
-    known = [line.split()[0] for line in exist if line.endswith(" commit")]
-    if not known:
+    found = _git(["cat-file", "--batch-check=%(objectname) %(objecttype)"], "\n".join(wanted))
+    whole = {
+        short: line.split()[0]
+        for short, line in zip(wanted, found, strict=False)
+        if line.endswith(" commit")
+    }
+    if not whole:
         return {}
-    ancestors = _git(["rev-list", "--topo-order", "--reverse", "--stdin"], "\n".join(known))
-    return {commit: i for i, commit in enumerate(ancestors) if commit in commits}
+    ancestors = _git(["rev-list", "--topo-order", "--reverse", "--stdin"], "\n".join(whole.values()))
+    position = {commit: i for i, commit in enumerate(ancestors)}
+    return {short: position[full] for short, full in whole.items() if full in position}
 
 
 def _git(arguments: list[str], given: str) -> list[str]:
@@ -178,3 +184,22 @@ def place_name(session: Session, subject: str | None = None) -> str:
     if session.commit is None:
         return session.name
     return session.commit[:7] + ("+changes" if session.dirty else "")
+
+
+def first_reached(sessions: list[Session], commit: str) -> int:
+    """Index of the first session that has a commit, by topology where git knows it, else by name.
+
+    `commit` may be `library==version`. The number of sessions where none has it.
+    """
+    library, _, version = commit.partition("==")
+    if version:
+        having = [s.libraries.get(library) == version for s in sessions]
+    else:
+        position = topology({commit, *(s.commit for s in sessions if s.commit)})
+        at = position.get(commit)
+        having = [
+            (s.commit or "").startswith(commit)
+            or (at is not None and position.get(s.commit or "", -1) >= at)
+            for s in sessions
+        ]
+    return having.index(True) if True in having else len(sessions)

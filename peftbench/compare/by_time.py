@@ -1,0 +1,232 @@
+"""Rows of the noisy class: times and energy, predicted from history or from a second file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from peftbench.compare.decisions import Decisions, decide, suite_regressed
+from peftbench.compare.load import CaseRow, Key, Session
+from peftbench.compare.pairing import Pair, same_first_seed, value
+from peftbench.compare.rules import Rule
+from peftbench.compare.statistics import (
+    MAD_TO_SD,
+    Floats,
+    Prediction,
+    minimum_detectable,
+    nanmedian,
+    predict,
+    sentinel_shift,
+    shared,
+)
+from peftbench.compare.verdicts import Row, SuiteLine, plain_row
+
+MOST_SESSIONS = 20
+LEAST_SESSIONS = 3
+MANY_DF = 1e6  # of a noise that is stated and not estimated
+
+
+@dataclass(frozen=True)
+class TimedCase:
+    """One case and metric of the noisy class. `history` is by session, None for a gap."""
+
+    pair: Pair
+    rule: Rule
+    history: tuple[CaseRow | None, ...]
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """All cases of one metric."""
+
+    metric: str
+    tests: list[TimedCase]
+    prediction: Prediction
+    noise: str  # where the spread comes from, in words
+
+
+def log_of(row: CaseRow | None, metric: str) -> float:
+    found = None if row is None else value(row, metric)
+    return float(np.log(found)) if found is not None and found > 0 else float("nan")
+
+
+def sentinel_logs(sessions: list[Session], names: list[str]) -> Floats:
+    """(sessions, sentinels), NaN where a session lacks one."""
+    found = [[s.sentinels.get(name, np.nan) for name in names] for s in sessions]
+    return np.log(np.array(found, dtype=float).reshape(len(sessions), len(names)))
+
+
+def predicted(
+    metric: str, tests: list[TimedCase], history: list[Session] | None, base: Session, new: Session,
+    session_noise_ratio: float,
+) -> Predicted:  # fmt: skip
+    """The prediction for one metric in all cases, larger being worse.
+
+    `history` has the sessions that the tests' histories go by; None compares two files.
+    """
+    sign = np.array([t.rule.sign for t in tests])
+    fresh = np.array([log_of(t.pair.new, metric) for t in tests]) * sign
+    if history is None:
+        old = np.array([log_of(t.pair.base, metric) for t in tests]) * sign
+        return _from_two(metric, tests, fresh - old, old, base, new, session_noise_ratio)
+    past = np.array([[log_of(row, metric) for row in t.history] for t in tests], dtype=float)
+    past = past.reshape(len(tests), len(history)).T * sign
+    names = sorted(new.sentinels)
+    prediction = predict(
+        past, fresh, sentinel_logs(history, names), sentinel_logs([new], names)[0], LEAST_SESSIONS
+    )
+    return Predicted(metric, tests, prediction, "")
+
+
+def _from_two(
+    metric: str, tests: list[TimedCase], change: Floats, old: Floats, base: Session, new: Session,
+    stated: float,
+) -> Predicted:  # fmt: skip
+    """Two sessions say nothing of their noise: it is stated, or this suite's own spread if larger."""
+    names = sorted(base.sentinels.keys() & new.sentinels.keys())
+    ratios = sentinel_logs([new], names) - sentinel_logs([base], names)
+    machine = sentinel_shift(np.zeros((1, len(names))), ratios[0])[-1:] if names else np.zeros(1)
+    middle = nanmedian(change[None, :], axis=1)
+    shift = float(shared(middle, machine)[0])
+    spread = MAD_TO_SD * float(np.median(np.abs(change - middle))) / np.sqrt(2)
+    own = len(tests) >= 5 and spread > stated
+    noise = spread if own else stated
+    words = f"noise {'in this pair' if own else 'taken as'} {100 * noise:.2g} %"
+    count = len(tests)
+    prediction = Prediction(
+        centre=old, estimate=change - shift, se=np.full(count, noise * np.sqrt(2)),
+        sd=np.full(count, noise), df=np.full(count, MANY_DF), sessions=np.ones(count, dtype=int),
+        machine=shift, session_means=np.array([]),
+    )  # fmt: skip
+    return Predicted(metric, tests, prediction, words)
+
+
+def noisy_rows(groups: list[Predicted]) -> list[Row]:
+    """The rows of all metrics together: the false discovery rate is held over all of them."""
+    if not groups:
+        return []
+    estimate = np.concatenate([g.prediction.estimate for g in groups])
+    se = np.concatenate([g.prediction.se for g in groups])
+    df = np.concatenate([g.prediction.df for g in groups])
+    machine = np.concatenate([np.full(len(g.tests), g.prediction.machine) for g in groups])
+    margin = np.log1p([t.rule.margin for g in groups for t in g.tests])
+    decided = decide(estimate, se, df, margin)
+    # taking out the machine's shift must never be what makes a case faster
+    faster = decided.improved & (estimate + np.maximum(machine, 0) < -margin)
+    tests = int(np.isfinite(se).sum())
+    detectable = minimum_detectable(se, df, margin, tests)
+    rows, index = [], 0
+    for group in groups:
+        for number, test in enumerate(group.tests):
+            rows.append(_row(group, number, test, decided, bool(faster[index]), index,
+                             float(detectable[index])))  # fmt: skip
+            index += 1
+    return rows
+
+
+def _row(
+    group: Predicted, number: int, test: TimedCase, decided: Decisions, faster: bool, index: int,
+    detectable: float,
+) -> Row:  # fmt: skip
+    prediction, rule = group.prediction, test.rule
+    sessions = int(prediction.sessions[number])
+    base, new = value(test.pair.base, rule.metric), value(test.pair.new, rule.metric)
+    if not np.isfinite(prediction.se[number]):
+        reason = f"{sessions} sessions of history; {LEAST_SESSIONS} are needed"
+        row = plain_row(test.pair.new, rule, "no-history", reason, base, new)
+        return replace(row, sessions=sessions)
+    if group.noise == "":
+        base = float(np.exp(rule.sign * prediction.centre[number]))
+    else:
+        sessions = 0
+    change, low, high = (
+        float(np.expm1(rule.sign * logarithm))
+        for logarithm in (prediction.estimate[number], decided.low[index], decided.high[index])
+    )
+    verdict = _verdict(decided, index, faster)
+    row = plain_row(test.pair.new, rule, verdict, "", base, new)
+    return replace(
+        row, reason=_reason(verdict, group, rule, decided, index), change=change,
+        low=min(low, high), high=max(low, high),
+        minimum_detectable=abs(float(np.expm1(rule.sign * detectable))),
+        sessions=sessions,
+    )  # fmt: skip
+
+
+def _verdict(decided: Decisions, index: int, faster: bool) -> str:
+    if decided.regressed[index]:
+        return "regressed"
+    if decided.improved[index]:
+        return "improved" if faster else "inconclusive"
+    if decided.unchanged[index]:
+        return "unchanged"
+    return "suspect" if decided.suspect[index] else "inconclusive"
+
+
+def _reason(verdict: str, group: Predicted, rule: Rule, decided: Decisions, index: int) -> str:
+    margin = f"{100 * rule.margin:g} %"
+    shift = group.prediction.machine
+    machine = f"; machine {100 * np.expm1(shift):+.1f} %" if abs(shift) >= 0.005 else ""
+    tail = (f"; {group.noise}" if group.noise else "") + machine
+    p = min(float(decided.p_worse[index]), float(decided.p_better[index]))
+    words = {
+        "regressed": f"p {p_text(p)}, margin {margin}",
+        "improved": f"p {p_text(p)}, margin {margin}",
+        "unchanged": f"90 % interval within {margin}",
+        "suspect": f"p {p_text(p)} alone: 1 case of 20 has that by chance",
+        "inconclusive": f"the 90 % interval reaches beyond {margin}",
+    }
+    return words[verdict] + tail
+
+
+def p_text(p: float) -> str:
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def suite_lines(groups: list[Predicted]) -> list[SuiteLine]:
+    """One for each metric that is worse in most cases."""
+    lines = []
+    for group in groups:
+        margin = np.log1p([t.rule.margin for t in group.tests])
+        if not suite_regressed(group.prediction, margin):
+            continue
+        estimate = group.prediction.estimate
+        slower = np.isfinite(estimate) & (estimate > margin / 2)
+        cases = tuple(t.pair.new.case_id for t, s in zip(group.tests, slower, strict=True) if s)
+        change = float(np.expm1(np.mean(estimate[slower])))
+        known = int(np.isfinite(group.prediction.se).sum())
+        machine = 100 * np.expm1(group.prediction.machine)
+        reason = f"the machine's own shift is {machine:+.1f} % and is taken out"
+        lines.append(SuiteLine(group.metric, change, cases, known, reason))
+    return lines
+
+
+def history_of(
+    pairs: list[Pair], metric: str, sessions: list[Session], new: Session, starts: dict[Key, int]
+) -> tuple[list[Session], list[tuple[CaseRow | None, ...]]]:
+    """(the sessions that count, for each pair its rows in them), None for a gap.
+
+    `starts` has the index of the first session after an accepted change, where there is one.
+    """
+    version = new.metric_versions.get(metric)
+    # the last ones that ran any of these cases: a folder may hold several presets
+    keys = {(pair.new.case_id, pair.new.case_hash) for pair in pairs}
+    last = [i for i, s in enumerate(sessions) if not keys.isdisjoint(s.cases)][-MOST_SESSIONS:]
+    same = [s.metric_versions.get(metric, version) == version for s in sessions]
+    found = []
+    for pair in pairs:
+        key = (pair.new.case_id, pair.new.case_hash)
+        start = starts.get(key, 0)
+        found.append(tuple(
+            comparable(s.cases.get(key), pair.new) if same[i] and i >= start else None
+            for i, s in ((i, sessions[i]) for i in last)
+        ))  # fmt: skip
+    return [sessions[i] for i in last], found
+
+
+def comparable(row: CaseRow | None, new: CaseRow) -> CaseRow | None:
+    """The row if it ran where the new one did, on the same data; else None, which is a gap."""
+    if row is None or row.status != "ok" or row.environment != new.environment:
+        return None
+    return row if row.inputs == new.inputs or not same_first_seed(row, new) else None
