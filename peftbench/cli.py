@@ -10,14 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from peftbench import __version__, provenance
-from peftbench.adapters import ADAPTERS
-from peftbench.case import PRESETS
 from peftbench.data import assets
-from peftbench.data.loading import DATA
 from peftbench.errors import UserError, unknown_name
 from peftbench.hub import hub_token
-from peftbench.methods import METHODS
-from peftbench.models import MODELS
 from peftbench.record import dumps
 from peftbench.show import (
     commit_text,
@@ -85,6 +80,12 @@ def add_comparison_commands(commands: Any) -> None:
 
 def list_tables() -> None:
     """Everything that has a name, from the tables themselves."""
+    from peftbench.adapters import ADAPTERS
+    from peftbench.case import PRESETS
+    from peftbench.data.loading import DATA
+    from peftbench.methods import METHODS
+    from peftbench.models import MODELS
+
     sections = {
         "models": [[n, m.about] for n, m in MODELS.items()],
         "adapters": [[n, f"{a.about} ({a.family})"] for n, a in ADAPTERS.items()],
@@ -260,7 +261,8 @@ def compare_files(options: argparse.Namespace) -> int:
 
 
 def show_history(options: argparse.Namespace) -> None:
-    from peftbench.compare.history import history_lines, read_history
+    from peftbench.compare.history import read_history
+    from peftbench.compare.history_text import history_lines
 
     found = read_history(options.folder, options.case, options.metric, options.subject)
     write("\n".join(history_lines(found)))

@@ -8,7 +8,7 @@ import numpy as np
 
 from peftbench.compare.decisions import Decisions, decide, suite_regressed
 from peftbench.compare.load import CaseRow, Key, Session
-from peftbench.compare.pairing import Pair, same_first_seed, value
+from peftbench.compare.pairing import Pair, environment_difference, same_first_seed, value
 from peftbench.compare.rules import Rule
 from peftbench.compare.statistics import (
     MAD_TO_SD,
@@ -227,6 +227,8 @@ def history_of(
 
 def comparable(row: CaseRow | None, new: CaseRow) -> CaseRow | None:
     """The row if it ran where the new one did, on the same data; else None, which is a gap."""
-    if row is None or row.status != "ok" or row.environment != new.environment:
+    if row is None or row.status != "ok":
+        return None
+    if environment_difference(row.environment, new.environment) is not None:
         return None
     return row if row.inputs == new.inputs or not same_first_seed(row, new) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class CaseRow:
     null_reasons: dict[str, str]
     rounds: tuple[Round, ...]
 
-    @property
+    @cached_property
     def calm_rounds(self) -> tuple[Round, ...]:
         """Those that count: the undisturbed, or all where every one was disturbed."""
         return tuple(r for r in self.rounds if not r.disturbed) or self.rounds
@@ -68,7 +69,7 @@ class Session:
     metric_versions: dict[str, int]
     cases: dict[Key, CaseRow]
 
-    @property
+    @cached_property
     def run_ids(self) -> frozenset[str]:
         """"?" stands for a file that names none, and is no run."""
         found = (r.run_id for row in self.cases.values() for r in row.rounds)
@@ -185,7 +186,7 @@ def round_of(entry: dict[str, Any], record: dict[str, Any]) -> Round:
 
 
 def environment_of(record: dict[str, Any]) -> dict[str, str]:
-    """What must be equal for two rows to be compared: never a library's version."""
+    """What must be equal for two rows to be compared, where both know it: never a version."""
     device = str(record.get("device", "?"))
     found = {"device": device, "threads": str(record.get("threads", "?"))}
     if device == "cpu":
@@ -193,10 +194,10 @@ def environment_of(record: dict[str, Any]) -> dict[str, str]:
         return found
     del found["threads"]  # the CPU's threads do not train there
     devices = (record.get("gpu") or {}).get("devices") or []
-    own = [d.get("info") or {} for d in devices if d.get("uuid") == record.get("device_uuid")]
     found["GPUs"] = str(len(devices))
-    for info in own or [{}]:
-        found |= {"MIG": str(info.get("mig")), "power limit": str(info.get("power_limit_w"))}
+    for own in devices:
+        if own.get("uuid") == record.get("device_uuid"):
+            found |= {n: str(own[n]) for n in ("mig", "power_limit_w") if own.get(n) is not None}
     return found
 
 

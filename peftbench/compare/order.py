@@ -13,6 +13,7 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
+from peftbench.compare.index import read_indexed
 from peftbench.compare.load import (
     GIVE,
     VERDICT_SCHEMA,
@@ -36,7 +37,7 @@ def read_folder(folder: Path, subject: str | None = None) -> list[Session]:
     if not folder.is_dir():
         raise UserError(f"there is no folder {str(folder)!r}; {GIVE}")
     files = [f for f in sorted(folder.rglob("*.json")) if not f.name.startswith(".")]
-    sessions = [read_session(f) for f in files if not is_verdict_file(f)]
+    sessions = [read_indexed(f) for f in files if not is_verdict_file(f)]
     if not sessions:
         raise UserError(f"{str(folder)!r} has no result file; {GIVE}")
     return in_order(joined(without_copies(sessions)), subject)

@@ -107,9 +107,10 @@ def failed_case(base: CaseRow | None, new: CaseRow, gated: list[Rule]) -> list[R
 
 
 def environment_difference(base: dict[str, str], new: dict[str, str]) -> str | None:
-    for name in sorted(base.keys() | new.keys()):
-        if base.get(name) != new.get(name):
-            return f"{name} was {base.get(name, '?')}, now it is {new.get(name, '?')}"
+    """A sentence on the first thing that both know and that is not equal; None without one."""
+    for name in sorted(base.keys() & new.keys()):
+        if base[name] != new[name]:
+            return f"{name} was {base[name]}, now it is {new[name]}"
     return None
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import fnmatch
 import tomllib
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -107,6 +108,7 @@ class Rules:
         return [r for r in rules if not r.ignore and r.metric_class in GATED_CLASSES]
 
 
+@cache
 def default_rule(name: str) -> Rule:
     metric = METRICS[name]
     least = LEAST_BYTES.get(name.partition("_")[0], 0) if metric.unit == "bytes" else 0
