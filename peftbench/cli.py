@@ -61,7 +61,9 @@ def add_comparison_commands(commands: Any) -> None:
     compare = commands.add_parser("compare", help="what changed between two sessions")
     compare.add_argument("base", metavar="BASE", type=Path, help="a result file, or a folder: its"
                          " newest session before NEW, all of it being the history")  # fmt: skip
-    compare.add_argument("new", metavar="NEW", type=Path, help="a result file, or a folder's newest")
+    compare.add_argument(
+        "new", metavar="NEW", type=Path, help="a result file, or a folder's newest"
+    )
     compare.add_argument("--history", metavar="DIR", type=Path, help="earlier sessions")
     compare.add_argument(
         "--strict", action="store_true", help="exit with 4 for a suspect or a want of history"

@@ -36,9 +36,7 @@ def exact_row(pair: Pair, rule: Rule) -> Row:
         reason = "one number on every seed of a side, another on the other side's"
         return plain_row(pair.new, rule, "changed", reason, base, new)
     seeds = f"{_seeds(left)} against {_seeds(right)}"
-    return plain_row(
-        pair.new, rule, "inconclusive", f"no seed in common ({seeds})", base, new
-    )
+    return plain_row(pair.new, rule, "inconclusive", f"no seed in common ({seeds})", base, new)
 
 
 def _seeds(found: dict[int, list[float]]) -> str:

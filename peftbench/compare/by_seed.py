@@ -8,11 +8,12 @@ import numpy as np
 from scipy import special
 
 from peftbench.compare.by_time import MANY_DF, p_text
-from peftbench.compare.decisions import SUITE_CASES, SUITE_SHARE, Decisions, decide_p
+from peftbench.compare.decisions import SUITE_SHARE, Decisions, decide_p
 from peftbench.compare.load import CaseRow
 from peftbench.compare.pairing import Pair, needs_logarithm, rounds_by_seed, value
 from peftbench.compare.rules import Rule
 from peftbench.compare.statistics import (
+    LEAST_CASES,
     SUITE_P,
     Floats,
     mcnemar_p,
@@ -150,9 +151,7 @@ def margins(groups: list[Estimates]) -> Floats:
     ])  # fmt: skip
 
 
-def _row(
-    group: Estimates, number: int, decided: Decisions, index: int, detectable: float
-) -> Row:
+def _row(group: Estimates, number: int, decided: Decisions, index: int, detectable: float) -> Row:
     pair, rule = group.pairs[number], group.rules[number]
     base, new = value(pair.base, rule.metric), value(pair.new, rule.metric)
     if group.seeds[number] == 0:
@@ -200,7 +199,7 @@ def seeded_suite_lines(groups: list[Estimates]) -> list[SuiteLine]:
         margin = margins([group])
         worse, better = group.estimate > margin, group.estimate < -margin
         known = int(np.isfinite(group.estimate).sum())
-        if known < SUITE_CASES or worse.sum() < SUITE_SHARE * known:
+        if known < LEAST_CASES or worse.sum() < SUITE_SHARE * known:
             continue
         moved = int(worse.sum() + better.sum())
         p = float(special.bdtrc(int(worse.sum()) - 1, moved, 0.5))

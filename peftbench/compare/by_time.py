@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from peftbench.compare.decisions import Decisions, decide, suite_regressed
+from peftbench.compare.decisions import Decisions, confirmed, decide, suite_regressed
 from peftbench.compare.load import CaseRow, Key, Session
 from peftbench.compare.pairing import Pair, environment_difference, same_first_seed, value
 from peftbench.compare.rules import Rule
 from peftbench.compare.statistics import (
+    LEAST_CASES,
     MAD_TO_SD,
     Floats,
     Prediction,
@@ -47,7 +48,8 @@ class Predicted:
 
 
 def log_of(row: CaseRow | None, metric: str) -> float:
-    found = None if row is None else value(row, metric)
+    """NaN for a gap, to which a session whose every round was disturbed belongs."""
+    found = None if row is None or row.is_disturbed else value(row, metric)
     return float(np.log(found)) if found is not None and found > 0 else float("nan")
 
 
@@ -88,7 +90,7 @@ def _from_two(
     ratios = sentinel_logs([new], names) - sentinel_logs([base], names)
     machine = sentinel_shift(np.zeros((1, len(names))), ratios[0])[-1:] if names else np.zeros(1)
     middle = nanmedian(change[None, :], axis=1)
-    shift = float(shared(middle, machine)[0])
+    shift = float(shared(middle, machine)[0]) if len(tests) >= LEAST_CASES else 0.0
     spread = MAD_TO_SD * float(np.median(np.abs(change - middle))) / np.sqrt(2)
     own = len(tests) >= 5 and spread > stated
     noise = spread if own else stated
@@ -102,31 +104,79 @@ def _from_two(
     return Predicted(metric, tests, prediction, words)
 
 
-def noisy_rows(groups: list[Predicted]) -> list[Row]:
-    """The rows of all metrics together: the false discovery rate is held over all of them."""
+def noisy_rows(groups: list[Predicted], again: Session | None = None) -> list[Row]:
+    """The rows of all metrics together: the false discovery rate is held over all of them.
+
+    `again` is a second session of the suspects, which decides on them.
+    """
     if not groups:
         return []
-    estimate = np.concatenate([g.prediction.estimate for g in groups])
-    se = np.concatenate([g.prediction.se for g in groups])
-    df = np.concatenate([g.prediction.df for g in groups])
+    first = joined([g.prediction for g in groups])
     machine = np.concatenate([np.full(len(g.tests), g.prediction.machine) for g in groups])
     margin = np.log1p([t.rule.margin for g in groups for t in g.tests])
-    decided = decide(estimate, se, df, margin)
+    decided = decide(first.estimate, first.se, first.df, margin)
     # taking out the machine's shift must never be what makes a case faster
-    faster = decided.improved & (estimate + np.maximum(machine, 0) < -margin)
-    tests = int(np.isfinite(se).sum())
-    detectable = minimum_detectable(se, df, margin, tests)
+    faster = decided.improved & (first.estimate + np.maximum(machine, 0) < -margin)
+    # and without a history, which tells how steady the sentinels are, not what makes it slower
+    alone = np.concatenate([np.full(len(g.tests), g.noise != "") for g in groups])
+    slower = decided.regressed & ~(alone & (first.estimate + machine <= margin))
+    detectable = minimum_detectable(first.se, first.df, margin, int(np.isfinite(first.se).sum()))
     rows, index = [], 0
     for group in groups:
         for number, test in enumerate(group.tests):
-            rows.append(_row(group, number, test, decided, bool(faster[index]), index,
-                             float(detectable[index])))  # fmt: skip
+            rows.append(_row(group, number, test, decided, bool(faster[index] | slower[index]),
+                             index, float(detectable[index])))  # fmt: skip
             index += 1
-    return rows
+    return rows if again is None else after_rerun(rows, groups, first, margin, again)
+
+
+def joined(predictions: list[Prediction]) -> Prediction:
+    """Several metrics' predictions in one; of the machine and the session means there is none."""
+    arrays = {
+        name: np.concatenate([getattr(p, name) for p in predictions])
+        for name in ("centre", "estimate", "se", "sd", "df", "sessions")
+    }
+    return Prediction(**arrays, machine=0.0, session_means=np.array([]))
+
+
+def after_rerun(
+    rows: list[Row], groups: list[Predicted], first: Prediction, margin: Floats, again: Session
+) -> list[Row]:
+    """Suspects and regressions that a second session has: confirmed, or taken back."""
+    second = np.concatenate([second_estimates(g, again) for g in groups])
+    is_confirmed, both = confirmed(first, second, margin)
+    out = []
+    for i, row in enumerate(rows):
+        if row.verdict not in ("regressed", "suspect") or not np.isfinite(second[i]):
+            out.append(row)
+            continue
+        sign = -1.0 if row.change is not None and row.change < 0 else 1.0
+        mean = np.expm1(sign * (first.estimate[i] + second[i]) / 2)
+        words = f"second session {100 * np.expm1(sign * second[i]):+.1f} %"
+        verdict = "unchanged" if both.unchanged[i] else "inconclusive"
+        if is_confirmed[i]:
+            verdict, words = "regressed", f"confirmed: {words}"
+        else:
+            words = f"not confirmed: {words}"
+        out.append(replace(row, verdict=verdict, reason=f"{words}, both {100 * mean:+.1f} %"))
+    return out
+
+
+def second_estimates(group: Predicted, again: Session) -> Floats:
+    """The second session's change in each case, the machine's shift as it was in the first.
+
+    The few cases that run again cannot tell their own slow-down from the machine's.
+    """
+    sign = np.array([t.rule.sign for t in group.tests])
+    logs = np.array([
+        log_of(again.cases.get((t.pair.new.case_id, t.pair.new.case_hash)), group.metric)
+        for t in group.tests
+    ])  # fmt: skip
+    return sign * logs - group.prediction.machine - group.prediction.centre
 
 
 def _row(
-    group: Predicted, number: int, test: TimedCase, decided: Decisions, faster: bool, index: int,
+    group: Predicted, number: int, test: TimedCase, decided: Decisions, stands: bool, index: int,
     detectable: float,
 ) -> Row:  # fmt: skip
     prediction, rule = group.prediction, test.rule
@@ -144,7 +194,7 @@ def _row(
         float(np.expm1(rule.sign * logarithm))
         for logarithm in (prediction.estimate[number], decided.low[index], decided.high[index])
     )
-    verdict = _verdict(decided, index, faster)
+    verdict = _verdict(decided, index, stands)
     row = plain_row(test.pair.new, rule, verdict, "", base, new)
     return replace(
         row, reason=_reason(verdict, group, rule, decided, index), change=change,
@@ -154,11 +204,12 @@ def _row(
     )  # fmt: skip
 
 
-def _verdict(decided: Decisions, index: int, faster: bool) -> str:
+def _verdict(decided: Decisions, index: int, stands: bool) -> str:
+    """`stands`: a change that is there without the machine's shift, too."""
     if decided.regressed[index]:
-        return "regressed"
+        return "regressed" if stands else "inconclusive"
     if decided.improved[index]:
-        return "improved" if faster else "inconclusive"
+        return "improved" if stands else "inconclusive"
     if decided.unchanged[index]:
         return "unchanged"
     return "suspect" if decided.suspect[index] else "inconclusive"

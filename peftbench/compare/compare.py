@@ -1,6 +1,6 @@
 """READ THIS FIRST: two sessions, and perhaps a history, become a Comparison.
 
-    pair the cases -> settle those without numbers -> one row a metric, by its class -> exit code
+pair the cases -> settle those without numbers -> one row a metric, by its class -> exit code
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from pathlib import Path
 
 from peftbench.compare import by_seed, by_time
 from peftbench.compare.by_class import exact_row, tight_row
-from peftbench.compare.load import CaseRow, Key, Session
-from peftbench.errors import UserError
+from peftbench.compare.load import Key, Session
 from peftbench.compare.order import first_reached, in_order, place_name, read_folder, read_side
-from peftbench.compare.pairing import Pair, judge_case, paired_cases, unusable
+from peftbench.compare.pairing import Pair, judge_case, paired_cases, unusable, value
 from peftbench.compare.rules import GATED_CLASSES, Acknowledged, Rule, Rules, read_rules
 from peftbench.compare.verdicts import (
     STATUS,
@@ -24,7 +23,9 @@ from peftbench.compare.verdicts import (
     Side,
     SuiteLine,
     counts_of,
+    plain_row,
 )
+from peftbench.errors import UserError
 from peftbench.metrics import METRICS
 
 
@@ -65,22 +66,30 @@ class Timeline:
 def compare_paths(
     base: Path, new: Path, history: Path | None, *, strict: bool = False, subject: str | None = None
 ) -> Comparison:
-    """What the command line compares: a base folder is its own history, and its newest the base.
+    """What the command line compares.
 
     Raises: UserError for anything that cannot be read.
     """
     rules = read_rules(Path.cwd())
     new_session, _ = read_side(new, subject)
-    base_session, sessions = read_side(base, subject)
+    base_session, given = read_base(base, new_session, history, subject)
+    return compare(base_session, new_session, given, rules, strict=strict, subject=subject)
+
+
+def read_base(
+    base: Path, new: Session, history: Path | None = None, subject: str | None = None
+) -> tuple[Session, list[Session] | None]:
+    """(base, history): a base folder is its own history, and its last session before `new` the
+    base. The history is None where none is given."""
+    session, sessions = read_side(base, subject)
     if sessions:
         # tonight's file may already lie among the others, and later ones too
-        others = [s for s in sessions if not same_run(s, new_session)]
-        ordered = in_order([*others, new_session], subject)
-        base_session = ordered[max(ordered.index(new_session) - 1, 0)]
-        if base_session is new_session:
-            raise UserError(f"{str(base)!r} has no session before {new_session.name}")
-    given = read_folder(history, subject) if history is not None else sessions or None
-    return compare(base_session, new_session, given, rules, strict=strict, subject=subject)
+        others = [s for s in sessions if not same_run(s, new)]
+        ordered = in_order([*others, new], subject)
+        if ordered[0] is new:
+            raise UserError(f"{str(base)!r} has no session before {new.name}")
+        session = ordered[ordered.index(new) - 1]
+    return session, read_folder(history, subject) if history is not None else sessions or None
 
 
 def same_run(one: Session, other: Session) -> bool:
@@ -95,10 +104,12 @@ def compare(
     *,
     strict: bool = False,
     subject: str | None = None,
+    again: Session | None = None,
 ) -> Comparison:
     """One row for every case of either side and every metric that is compared.
 
     `history` None compares two sessions; else those of it that come before the new one count.
+    `again` is a second session of suspects, which decides on them.
     """
     timeline = timeline_of(history, base, new, rules, subject)
     rows: list[Row] = []
@@ -107,7 +118,10 @@ def compare(
         settled, pair = judge_case(left, right, timeline.past, rules)
         rows += settled
         pairs += [] if pair is None else [pair]
-    measured, suite = metric_rows(pairs, base, new, timeline, history is not None, rules)
+    measured, suite = metric_rows(pairs, base, new, timeline, history is not None, rules, again)
+    if again is not None:
+        second = compare(base, again, history, rules, subject=subject)
+        measured = [confirmed_by(row, second) for row in measured]
     ordered = in_report_order([acknowledge(row, timeline) for row in rows + measured])
     return Comparison(
         base=side(base, subject), new=side(new, subject),
@@ -142,6 +156,7 @@ def metric_rows(
     timeline: Timeline,
     has_history: bool,
     rules: Rules,
+    again: Session | None = None,
 ) -> tuple[list[Row], list[SuiteLine]]:
     """Rows of all metrics of the cases that have numbers on both sides, and the suite's lines.
 
@@ -151,7 +166,7 @@ def metric_rows(
     timed: list[by_time.Predicted] = []
     seeded: list[by_seed.Estimates] = []
     for name in METRICS:
-        settled, usable = usable_pairs(pairs, name, base, new, rules)
+        settled, usable = usable_pairs(pairs, name, base, new, rules, has_history)
         rows += settled
         for metric_class, found in usable.items():
             own, of = [pair for pair, _ in found], [rule for _, rule in found]
@@ -171,12 +186,12 @@ def metric_rows(
                     name, cases, sessions if has_history else None, base, new,
                     rules.session_noise_ratio,
                 ))  # fmt: skip
-    rows += by_time.noisy_rows(timed) + by_seed.seeded_rows(seeded)
+    rows += by_time.noisy_rows(timed, again) + by_seed.seeded_rows(seeded)
     return rows, by_time.suite_lines(timed) + by_seed.seeded_suite_lines(seeded)
 
 
 def usable_pairs(
-    pairs: list[Pair], name: str, base: Session, new: Session, rules: Rules
+    pairs: list[Pair], name: str, base: Session, new: Session, rules: Rules, has_history: bool
 ) -> tuple[list[Row], dict[str, list[tuple[Pair, Rule]]]]:
     """(rows of cases without two numbers, the others by the class of the metric)."""
     versions = (base.metric_versions.get(name), new.metric_versions.get(name))
@@ -186,7 +201,7 @@ def usable_pairs(
         rule = rules.of(name, pair.new.case_id)
         if rule.ignore or rule.metric_class not in GATED_CLASSES:
             continue
-        settled = unusable(pair, rule, versions)
+        settled = unusable(pair, rule, versions) or disturbed_row(pair, rule, has_history)
         if settled is None:
             usable.setdefault(rule.metric_class, []).append((pair, rule))
         else:
@@ -204,6 +219,40 @@ def acknowledge_line(line: SuiteLine, timeline: Timeline) -> SuiteLine:
     """Accepted where an entry covers each of its cases."""
     reasons = [timeline.reason(line.metric, case) for case in line.cases]
     return line if None in reasons else replace(line, acknowledged=reasons[0])
+
+
+def disturbed_row(pair: Pair, rule: Rule, has_history: bool) -> Row | None:
+    """Of a time of which one side has disturbed rounds only; a disturbed base matters without a
+    history alone."""
+    sides = [pair.new] if has_history else [pair.new, pair.base]
+    if rule.metric_class != "noisy" or not any(row.is_disturbed for row in sides):
+        return None
+    reason = "every round of one side was disturbed"
+    base, new = value(pair.base, rule.metric), value(pair.new, rule.metric)
+    return plain_row(pair.new, rule, "inconclusive", reason, base, new)
+
+
+CONFIRMED_BY_RERUN = ("noisy", "tight", "seeded")
+
+
+def doubtful(row: Row) -> bool:
+    """Whether a second session could take the row's verdict back."""
+    return row.verdict in ("regressed", "suspect") and row.metric_class in CONFIRMED_BY_RERUN
+
+
+def confirmed_by(row: Row, second: Comparison) -> Row:
+    """Of memory and quality: a regression if a second session says so too. Times are decided before,
+    on both sessions together."""
+    if not doubtful(row) or row.metric_class == "noisy":
+        return row
+    key = (row.case_id, row.case_hash, row.metric)
+    other = next((r for r in second.rows if (r.case_id, r.case_hash, r.metric) == key), None)
+    if other is None or other.new is None:
+        return row
+    if doubtful(other):
+        return replace(row, verdict="regressed", reason=f"confirmed; {row.reason}")
+    reason = f"not confirmed: the second session is {other.verdict}; {row.reason}"
+    return replace(row, verdict="inconclusive", reason=reason)
 
 
 def in_report_order(rows: list[Row]) -> tuple[Row, ...]:
@@ -251,14 +300,12 @@ def notes(
     if same_run(base, new):
         found.append("base and new are the same run")
     if history is not None and len(past) < len(history):
-        found.append(f"{len(history) - len(past)} sessions of the history do not precede the new one")
+        found.append(
+            f"{len(history) - len(past)} sessions of the history do not precede the new one"
+        )
     if not new.sentinels or not base.sentinels:
         found.append("no sentinels on one side: the machine's own shift cannot be taken out")
-    disturbed = [row.case_id for row in new.cases.values() if wholly_disturbed(row)]
+    disturbed = [row.case_id for row in new.cases.values() if row.is_disturbed]
     if disturbed:
         found.append(f"disturbed in every round: {', '.join(sorted(set(disturbed)))}")
     return found
-
-
-def wholly_disturbed(row: CaseRow) -> bool:
-    return bool(row.rounds) and all(r.disturbed for r in row.rounds)

@@ -10,20 +10,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from peftbench.compare.statistics import (
+    LEAST_CASES,
     MEDIAN_VARIANCE,
     SUITE_P,
     SUSPECT_P,
     Bools,
     Floats,
     Prediction,
-    nanmean,
     rejected,
     slower_p,
     t_quantile,
 )
 
 SUITE_SHARE = 0.5
-SUITE_CASES = 4  # with fewer there is no suite to speak of
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def suite_regressed(prediction: Prediction, margin: Floats) -> bool:
     known = np.isfinite(prediction.se)
     estimate, margins = prediction.estimate[known], margin[known]
     slower = estimate > margins / 2
-    if known.sum() < SUITE_CASES or slower.mean() < SUITE_SHARE:
+    if known.sum() < LEAST_CASES or slower.mean() < SUITE_SHARE:
         return False
     if float(np.mean(estimate[slower])) <= float(np.mean(margins[slower])):
         return False
@@ -92,17 +91,16 @@ def suite_p(prediction: Prediction) -> float:
     return float(slower_p(np.array(mean), np.array(se), np.array(float(sessions - 1))))
 
 
-def confirmed(first: Prediction, second: Prediction, margin: Floats) -> tuple[Bools, Decisions]:
+def confirmed(first: Prediction, second: Floats, margin: Floats) -> tuple[Bools, Decisions]:
     """Whether a second session says the same, and what both sessions together say.
 
-    A regression is confirmed if the mean of both passes as one session must, and the second alone
-    has p below 0.05. Cases that were not run again (NaN in `second`) keep their first p value.
+    `second` has its estimates, NaN for a case that was not run again. A regression is confirmed if
+    the mean of both passes as one session must, and the second alone has p below 0.05. Cases that
+    were not run again keep their first p value.
     """
-    again = np.isfinite(second.estimate)
-    estimate = np.where(again, nanmean(np.stack([first.estimate, second.estimate]), 0),
-                        first.estimate)  # fmt: skip
-    with np.errstate(divide="ignore", invalid="ignore"):
-        weight = np.where(again, 0.5, 1.0) + MEDIAN_VARIANCE / first.sessions
-    both = decide(estimate, first.sd * np.sqrt(weight), first.df, margin)
-    alone = slower_p(second.estimate, second.se, second.df) < SUSPECT_P
+    again = np.isfinite(second)
+    mean = np.where(again, (first.estimate + second) / 2, first.estimate)
+    of_centre = (first.se / first.sd) ** 2 - 1  # the base's part of the variance stays
+    both = decide(mean, first.sd * np.sqrt(np.where(again, 0.5, 1.0) + of_centre), first.df, margin)
+    alone = slower_p(second, first.se, first.df) < SUSPECT_P
     return again & both.regressed & alone, both

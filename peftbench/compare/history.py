@@ -7,19 +7,19 @@ session's shift that its sentinels share taken out; another machine begins a ser
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from peftbench.compare.by_time import sentinel_logs
 from peftbench.compare.change_points import change_points
 from peftbench.compare.load import CaseRow, Session
 from peftbench.compare.order import place_name, read_folder
 from peftbench.compare.pairing import needs_logarithm, value
 from peftbench.compare.rules import GATED_CLASSES, Rule, Rules, read_rules
 from peftbench.compare.statistics import Floats, nanmedian, sentinel_shift, shared
-from peftbench.compare.by_time import sentinel_logs
-from peftbench.errors import UserError, unknown_name
+from peftbench.errors import unknown_name
 from peftbench.metrics import METRICS
 
 
@@ -133,9 +133,7 @@ def metric_series(
         scaled = scaled - machine_shifts(sessions, list(chosen), scaled)
     found = points_of(scaled, rules)
     out = []
-    for track, rule, line, at, known in zip(
-        chosen, rules, stored, found, measured, strict=True
-    ):
+    for track, rule, line, at, known in zip(chosen, rules, stored, found, measured, strict=True):
         if known:
             values = tuple(float(v) if np.isfinite(v) else None for v in line)
             points = tuple(point(line, at_index, at, rule, places) for at_index in at)

@@ -25,7 +25,10 @@ def history_lines(found: History) -> list[str]:
         lines += ["", *series_lines(list(shown))]
     hidden = len(found.series) - len(shown)
     if hidden:
-        lines += ["", f"{hidden} series without a change are not listed; pick with --case, --metric"]
+        lines += [
+            "",
+            f"{hidden} series without a change are not listed; pick with --case, --metric",
+        ]
     return ["".join(c if c.isprintable() else "?" for c in line).rstrip() for line in lines]
 
 
@@ -63,10 +66,13 @@ def range_text(found: Point) -> str:
 def series_lines(series: list[Series]) -> list[str]:
     """First and last value and a spark line of each series, under its case."""
     rows = []
+    hashes = {(s.case_id, s.case_hash) for s in series}
+    several = {case for case, _ in hashes if sum(c == case for c, _ in hashes) > 1}
     for s in series:
         known = [v for v in s.values if v is not None]
+        name = f"{s.case_id} {s.case_hash[:6]}" if s.case_id in several else s.case_id
         rows.append([
-            s.case_id, s.metric, number(known[0], s.unit), number(known[-1], s.unit),
+            name, s.metric, number(known[0], s.unit), number(known[-1], s.unit),
             str(len(known)), spark(s.values[-LATEST:]),
         ])  # fmt: skip
     lines = table(["case", "metric", "first", "last", "n", "newest last"], rows, left=2)

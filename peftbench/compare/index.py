@@ -64,9 +64,7 @@ def to_entry(session: Session) -> dict[str, Any]:
 
     cases = []
     for row in session.cases.values():
-        facts = [
-            index(getattr(row, n)) if n in SHARED else getattr(row, n) for n in OF_CASE
-        ]
+        facts = [index(getattr(row, n)) if n in SHARED else getattr(row, n) for n in OF_CASE]
         cases.append([facts, [
             [r.run_id, r.seed, r.disturbed, [r.values.get(n) for n in METRICS], r.broken]
             for r in row.rounds

@@ -54,6 +54,11 @@ class CaseRow:
         """Those that count: the undisturbed, or all where every one was disturbed."""
         return tuple(r for r in self.rounds if not r.disturbed) or self.rounds
 
+    @property
+    def is_disturbed(self) -> bool:
+        """In every round: its times say nothing."""
+        return bool(self.rounds) and all(r.disturbed for r in self.rounds)
+
 
 @dataclass(frozen=True)
 class Session:
@@ -71,7 +76,7 @@ class Session:
 
     @cached_property
     def run_ids(self) -> frozenset[str]:
-        """"?" stands for a file that names none, and is no run."""
+        """ "?" stands for a file that names none, and is no run."""
         found = (r.run_id for row in self.cases.values() for r in row.rounds)
         return frozenset(run_id for run_id in found if run_id != "?")
 

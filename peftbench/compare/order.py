@@ -80,9 +80,7 @@ def new_rounds(row: CaseRow, key: Key, seen: set[tuple[str, Key, int]]) -> CaseR
     """The row with the rounds not seen yet; None if all of its rounds were."""
     if not row.rounds:
         return row
-    fresh = tuple(
-        r for r in row.rounds if r.run_id == "?" or (r.run_id, key, r.seed) not in seen
-    )
+    fresh = tuple(r for r in row.rounds if r.run_id == "?" or (r.run_id, key, r.seed) not in seen)
     seen.update((r.run_id, key, r.seed) for r in fresh)
     return replace(row, rounds=fresh) if fresh else None
 
@@ -162,7 +160,9 @@ def topology(commits: set[str]) -> dict[str, int]:
     }
     if not whole:
         return {}
-    ancestors = _git(["rev-list", "--topo-order", "--reverse", "--stdin"], "\n".join(whole.values()))
+    ancestors = _git(
+        ["rev-list", "--topo-order", "--reverse", "--stdin"], "\n".join(whole.values())
+    )
     position = {commit: i for i, commit in enumerate(ancestors)}
     return {short: position[full] for short, full in whole.items() if full in position}
 

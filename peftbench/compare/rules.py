@@ -1,14 +1,14 @@
 """How each metric is compared: its class and margin, what a project changes, what it has accepted.
 
-    [tool.peftbench.metrics.train_s]                # pyproject.toml
-    margin = 0.05
-    cases = { "*-qlora-*" = { margin = 0.10 } }
+[tool.peftbench.metrics.train_s]                # pyproject.toml
+margin = 0.05
+cases = { "*-qlora-*" = { margin = 0.10 } }
 
-    [[change]]                                      # peftbench-acknowledged.toml
-    metric = "trainable_params"
-    case = "*-lora-*"
-    commit = "a1b2c3d"
-    reason = "rank 16 is the new default"
+[[change]]                                      # peftbench-acknowledged.toml
+metric = "trainable_params"
+case = "*-lora-*"
+commit = "a1b2c3d"
+reason = "rank 16 is the new default"
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ SUITE_P = 0.005
 POWER = 0.8
 SD_FLOOR = 1e-3  # of a logarithm of seconds: no clock on a shared machine repeats better
 SENTINEL_SD_FLOOR = 5e-3
+LEAST_CASES = 4  # of which a shift may be the machine's or the suite's
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def predict(
     deviations = together - nanmedian(history, axis=0)
     cases_shift = nanmedian(deviations, axis=1)
     machine = np.zeros(len(together))
-    if sentinels is not None and new_sentinels is not None:
+    # of few cases the median is a case's own change, and no suite's
+    if sentinels is not None and new_sentinels is not None and len(new) >= LEAST_CASES:
         machine = shared(cases_shift, sentinel_shift(sentinels, new_sentinels))
     adjusted = together - machine[:, None]
     centre = nanmedian(adjusted[:-1], axis=0)

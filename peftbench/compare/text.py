@@ -55,9 +55,7 @@ def text_lines(found: Comparison, *, every_row: bool = False) -> list[str]:
 
 def head_lines(found: Comparison) -> list[str]:
     """What is compared with what, and what differs between them."""
-    history = (
-        "none: two sessions alone" if found.sessions is None else f"{found.sessions} sessions"
-    )
+    history = "none: two sessions alone" if found.sessions is None else f"{found.sessions} sessions"
     libraries = ", ".join(f"{c.name} {c.base} -> {c.new}" for c in found.libraries)
     return [
         f"base       {side_text(found.base)}",
@@ -151,15 +149,20 @@ def row_table(rows: list[Row]) -> list[str]:
         if (row.case_id, row.case_hash) != case:
             case = (row.case_id, row.case_hash)
             grid.append([row.case_id])
-        first, *more = textwrap.wrap(texts[-1], room, break_on_hyphens=False) or [""]
+        first, *more = folded(texts[-1], room)
         grid.append([*texts[:-1], first])
         grid += [[*[""] * (len(HEADER) - 1), line] for line in more]
     names = {line[0] for line in grid if len(line) == 1}
     full = [line if len(line) > 1 else [*[""] * (len(HEADER) - 1), line[0]] for line in grid]
     lines = table(HEADER, full)
-    return lines[:1] + [
-        name if (name := line.strip()) in names else line for line in lines[2:]
-    ]
+    return lines[:1] + [name if (name := line.strip()) in names else line for line in lines[2:]]
+
+
+def folded(text: str, room: int) -> list[str]:
+    """Lines of at most `room` characters; a number and its unit stay together."""
+    joined = text.replace(" %", "\0%").replace(" pp", "\0pp")
+    lines = textwrap.wrap(joined, room, break_on_hyphens=False) or [""]
+    return [line.replace("\0", " ") for line in lines]
 
 
 def cells(row: Row) -> list[str]:
