@@ -1,4 +1,4 @@
-"""The comparison at the end of a pytest session: `--compare-to`, `--fail-on-regression`, `--confirm`.
+"""The comparison at a pytest session's end: `--compare-to`, `--fail-on-regression`, `--confirm`.
 
 Everything is measured and written before it begins. Suspects run again in fresh children, in a run
 folder inside the session's own; their rounds decide and are no part of the run's JSON.

@@ -65,4 +65,7 @@ def row_plain(row: Row) -> dict[str, Any]:
 
 
 def held(value: float | str | None) -> float | str | None:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Ten significant digits: the last bits of a quantile differ between builds of scipy."""
+    if isinstance(value, float):
+        return float(f"{value:.10g}") if math.isfinite(value) else None
+    return value

@@ -1,4 +1,4 @@
-"""Rows of the seeded class: quality, paired by seed; accuracies by exact McNemar where items are kept."""
+"""Rows of the seeded class: quality in pairs of one seed; accuracies by exact McNemar."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def estimates(
         if outcome is not None:
             worse, better, items = outcome
             p_worse[i], p_better[i] = mcnemar_p(worse, better), mcnemar_p(better, worse)
-            share = (worse - better) / items
+            estimate[i] = share = (worse - better) / items
             # of a mean of +1, 0 and -1; one discordant pair more than were seen, so never 0
             se[i] = np.sqrt(worse + better + 1 - items * share**2) / items
             df[i] = MANY_DF
@@ -113,7 +113,7 @@ def repeated_spread(
 
 
 def discordant(pair: Pair) -> tuple[int, int, int] | None:
-    """(pairs only the base got right, only the new one, all) over common seeds; None without items."""
+    """(pairs only the base got right, only the new one, all) over common seeds; None: no items."""
     left, right = rounds_by_seed(pair.base), rounds_by_seed(pair.new)
     worse = better = items = 0
     for seed in sorted(left.keys() & right.keys()):
@@ -156,7 +156,8 @@ def _row(group: Estimates, number: int, decided: Decisions, index: int, detectab
     base, new = value(pair.base, rule.metric), value(pair.new, rule.metric)
     if group.seeds[number] == 0:
         return plain_row(pair.new, rule, "inconclusive", "no seed in common", base, new)
-    estimate, identical = float(group.estimate[number]), not differences_of(pair, rule).any()
+    estimate = float(group.estimate[number])
+    identical = estimate == 0 and not differences_of(pair, rule).any()
     verdict, reason = _verdict(group, number, decided, index)
     if identical:
         verdict, reason = "unchanged", "equal on every common seed"

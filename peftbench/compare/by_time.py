@@ -85,7 +85,7 @@ def _from_two(
     metric: str, tests: list[TimedCase], change: Floats, old: Floats, base: Session, new: Session,
     stated: float,
 ) -> Predicted:  # fmt: skip
-    """Two sessions say nothing of their noise: it is stated, or this suite's own spread if larger."""
+    """Two sessions do not tell their noise: it is stated, or this suite's own spread if larger."""
     names = sorted(base.sentinels.keys() & new.sentinels.keys())
     ratios = sentinel_logs([new], names) - sentinel_logs([base], names)
     machine = sentinel_shift(np.zeros((1, len(names))), ratios[0])[-1:] if names else np.zeros(1)

@@ -241,8 +241,10 @@ def doubtful(row: Row) -> bool:
 
 
 def confirmed_by(row: Row, second: Comparison) -> Row:
-    """Of memory and quality: a regression if a second session says so too. Times are decided before,
-    on both sessions together."""
+    """Of memory and quality: a regression if a second session says so too.
+
+    Times are decided before, on both sessions together.
+    """
     if not doubtful(row) or row.metric_class == "noisy":
         return row
     key = (row.case_id, row.case_hash, row.metric)

@@ -1,4 +1,4 @@
-"""From estimates to what is said of them: regressed, improved, unchanged, suspect; the suite's line.
+"""From estimates to what is said of them: regressed, improved, unchanged, suspect.
 
 All arrays have one entry a test, which is a case and a metric; larger is worse.
 """

@@ -110,7 +110,7 @@ def belongs(session: Session, group: list[Session]) -> bool:
 
 
 def in_order(sessions: list[Session], subject: str | None = None) -> list[Session]:
-    """By commit topology, by time where that is not known; with a subject by its version, then time.
+    """By commit topology, by time where that is unknown; with a subject by its version, then time.
 
     Sessions whose commit this repository knows take their places among themselves by topology; the
     others stand where their time puts them.

@@ -89,7 +89,7 @@ class Acknowledged:
 
 @dataclass(frozen=True)
 class Rules:
-    """What holds for a project; `overrides` are (metric, case pattern, keys) in the file's order."""
+    """What holds for a project; `overrides` are (metric, case pattern, keys) in file order."""
 
     overrides: tuple[tuple[str, str, dict[str, Any]], ...] = ()
     acknowledged: tuple[Acknowledged, ...] = ()

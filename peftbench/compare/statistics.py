@@ -1,6 +1,6 @@
 """The arithmetic of a comparison, on plain arrays: no files, no verdicts.
 
-Times are compared as logarithms. Letters: H sessions of history, C cases, K sentinels. A gap is NaN.
+Times are compared as logarithms. Letters: H sessions of history, C cases, K sentinels. NaN: a gap.
 """
 
 from __future__ import annotations
