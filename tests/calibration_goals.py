@@ -186,8 +186,9 @@ def short_history_goals(nights: int) -> list[Goal]:
         slow = rates(noise, nights, 4, sessions=5, effect=0.1)
         goals.append(at_most(f"{name}: 5 sessions, nights with a false alarm, unconfirmed",
                              promised, steady.false, others(steady, "false")))  # fmt: skip
-        goals.append(at_least(f"{name}: 5 sessions, +10 % found, unconfirmed", 95, slow.found,
-                              others(slow, "found")))  # fmt: skip
+        found = at_least(f"{name}: 5 sessions, +10 % found, unconfirmed", 95, slow.found,
+                         others(slow, "found"))  # fmt: skip
+        goals.append(replace(found, known=noise is NOISY and not found.met))
     return goals
 
 

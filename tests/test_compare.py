@@ -20,6 +20,7 @@ from peftbench.compare.verdicts import STATUS
 from peftbench.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden" / "verdicts-1.json"
+HALF_RIGHT = {"preference_accuracy": 0.5, "outcomes": "10" * 50}
 NAMES = [f"m-{a}-{t}" for a in ("full", "lora", "ia3") for t in ("sft", "dpo")]
 
 
@@ -79,7 +80,7 @@ def test_equal_files_gate_nothing_and_say_what_they_could_not_see():
         ({"perplexity": 12.5}, "perplexity", "regressed", 1),
         ({"perplexity": 11.5}, "perplexity", "improved", 0),
         ({"perplexity": 12.01}, "perplexity", "unchanged", 0),
-        ({"preference_accuracy": 0.5, "outcomes": "10" * 50}, "preference_accuracy", "regressed", 1),
+        (HALF_RIGHT, "preference_accuracy", "regressed", 1),
         ({"train_s": float("nan")}, "train_s", "invalid", 3),
         ({"train_s": 0.0}, "train_s", "invalid", 3),
         ({"train_s": "fast"}, "train_s", "invalid", 3),

@@ -67,5 +67,5 @@ def row_plain(row: Row) -> dict[str, Any]:
 def held(value: float | str | None) -> float | str | None:
     """Ten significant digits: the last bits of a quantile differ between builds of scipy."""
     if isinstance(value, float):
-        return float(f"{value:.10g}") if math.isfinite(value) else None
+        return float(f"{value + 0.0:.10g}") if math.isfinite(value) else None
     return value

@@ -167,7 +167,8 @@ def _row(group: Estimates, number: int, decided: Decisions, index: int, detectab
                      for v in ends)  # fmt: skip
     if not all(np.isfinite(both)):
         return replace(row, change=change)
-    reach = np.expm1(detectable) if needs_logarithm(rule) else detectable
+    # beyond e**50 no number means anything, and far beyond there is none
+    reach = np.expm1(min(detectable, 50.0)) if needs_logarithm(rule) else detectable
     return replace(row, change=change, low=min(both), high=max(both),
                    minimum_detectable=float(reach))  # fmt: skip
 

@@ -4,7 +4,7 @@ Letters: B series of equal length N; S segments' ends. Values are logarithms, so
 a ratio's.
 
 Source: Matteson & James 2014, https://arxiv.org/abs/1306.4933 (the statistic, exponent 1);
-Fleming et al. 2023, https://arxiv.org/abs/2301.03034 (the t test in place of permutations, windows).
+Fleming et al. 2023, https://arxiv.org/abs/2301.03034 (a t test in place of permutations).
 Here the variance is unbiased, gaps are left out and not filled, and a change has a least size.
 """
 

@@ -26,7 +26,7 @@ SHARED = ("axes", "environment", "inputs", "null_reasons")  # mostly the same in
 
 
 def read_indexed(path: Path) -> Session:
-    """`read_session` through the index; the held-out items are not kept there.
+    """`read_session` through the index.
 
     Raises: UserError as `read_session` does.
     """
@@ -66,7 +66,8 @@ def to_entry(session: Session) -> dict[str, Any]:
     for row in session.cases.values():
         facts = [index(getattr(row, n)) if n in SHARED else getattr(row, n) for n in OF_CASE]
         cases.append([facts, [
-            [r.run_id, r.seed, r.disturbed, [r.values.get(n) for n in METRICS], r.broken]
+            [r.run_id, r.seed, r.disturbed, [r.values.get(n) for n in METRICS], r.broken,
+                         r.outcomes]
             for r in row.rounds
         ]])  # fmt: skip
     return {
@@ -87,6 +88,6 @@ def from_entry(name: str, entry: dict[str, Any]) -> Session:
 
 
 def round_from(entry: list[Any]) -> Round:
-    run_id, seed, disturbed, values, broken = entry
+    run_id, seed, disturbed, values, broken, outcomes = entry
     known = {n: v for n, v in zip(METRICS, values, strict=True) if v is not None}
-    return Round(run_id, seed, disturbed, known, broken, None)
+    return Round(run_id, seed, disturbed, known, broken, outcomes)

@@ -138,7 +138,8 @@ def weighted_median(values: Floats, weights: Floats) -> float:
 
 
 def winsorised_variance(residuals: Floats) -> Floats:
-    """(C,) unbiased variance of each column, residuals beyond 3 robust sigmas drawn in to there."""
+    """(C,) variance of each column of residuals about a median, those beyond 3 robust sigmas drawn
+    in to there: 0.96 of a normal distribution's for 5 sessions, 0.995 for 20."""
     count = np.sum(np.isfinite(residuals), axis=0)
     limit = WINSOR_SDS * MAD_TO_SD * nanmedian(np.abs(residuals), axis=0)
     # more than half of a short history may be one value: its spread is then taken as it is
