@@ -89,7 +89,8 @@ def differences_of(pair: Pair, rule: Rule) -> Floats:
     else:
         # one denominator for all seeds, or a seed whose margin is near 0 would decide alone
         found = (new - old) / max(float(np.mean(np.abs(old))), 1e-12) if len(old) else old
-    return rule.sign * found
+    worsening: Floats = rule.sign * found
+    return worsening
 
 
 def repeated_spread(

@@ -56,7 +56,8 @@ def log_of(row: CaseRow | None, metric: str) -> float:
 def sentinel_logs(sessions: list[Session], names: list[str]) -> Floats:
     """(sessions, sentinels), NaN where a session lacks one."""
     found = [[s.sentinels.get(name, np.nan) for name in names] for s in sessions]
-    return np.log(np.array(found, dtype=float).reshape(len(sessions), len(names)))
+    table: Floats = np.array(found, dtype=float).reshape(len(sessions), len(names))
+    return np.log(table)
 
 
 def predicted(
@@ -99,7 +100,7 @@ def _from_two(
     prediction = Prediction(
         centre=old, estimate=change - shift, se=np.full(count, noise * np.sqrt(2)),
         sd=np.full(count, noise), df=np.full(count, MANY_DF), sessions=np.ones(count, dtype=int),
-        machine=shift, session_means=np.array([]),
+        machine=shift, session_means=np.array([]), raw=change,
     )  # fmt: skip
     return Predicted(metric, tests, prediction, words)
 
@@ -112,14 +113,13 @@ def noisy_rows(groups: list[Predicted], again: Session | None = None) -> list[Ro
     if not groups:
         return []
     first = joined([g.prediction for g in groups])
-    machine = np.concatenate([np.full(len(g.tests), g.prediction.machine) for g in groups])
     margin = np.log1p([t.rule.margin for g in groups for t in g.tests])
     decided = decide(first.estimate, first.se, first.df, margin)
     # taking out the machine's shift must never be what makes a case faster
-    faster = decided.improved & (first.estimate + np.maximum(machine, 0) < -margin)
+    faster = decided.improved & (first.raw < -margin)
     # and without a history, which tells how steady the sentinels are, not what makes it slower
     alone = np.concatenate([np.full(len(g.tests), g.noise != "") for g in groups])
-    slower = decided.regressed & ~(alone & (first.estimate + machine <= margin))
+    slower = decided.regressed & ~(alone & (first.raw <= margin))
     detectable = minimum_detectable(first.se, first.df, margin, int(np.isfinite(first.se).sum()))
     rows, index = [], 0
     for group in groups:
@@ -134,7 +134,7 @@ def joined(predictions: list[Prediction]) -> Prediction:
     """Several metrics' predictions in one; of the machine and the session means there is none."""
     arrays = {
         name: np.concatenate([getattr(p, name) for p in predictions])
-        for name in ("centre", "estimate", "se", "sd", "df", "sessions")
+        for name in ("centre", "estimate", "se", "sd", "df", "sessions", "raw")
     }
     return Prediction(**arrays, machine=0.0, session_means=np.array([]))
 
@@ -172,7 +172,8 @@ def second_estimates(group: Predicted, again: Session) -> Floats:
         log_of(again.cases.get((t.pair.new.case_id, t.pair.new.case_hash)), group.metric)
         for t in group.tests
     ])  # fmt: skip
-    return sign * logs - group.prediction.machine - group.prediction.centre
+    found: Floats = sign * logs - group.prediction.machine - group.prediction.centre
+    return found
 
 
 def _row(

@@ -10,6 +10,7 @@ from peftbench.summary import table
 
 BARS = "▁▂▃▄▅▆▇█"
 GAP = "·"
+LEAST_HEIGHT = 0.1
 LATEST = 40  # sessions that a spark line shows
 
 
@@ -51,7 +52,8 @@ def point_lines(changed: list[Series]) -> list[str]:
         for s, p in points
     ]  # fmt: skip
     header = ["case", "metric", "before", "after", "change", "", "between"]
-    return [f"{len(points)} change points", *(f"  {line}" for line in table(header, rows, left=2))]
+    title = f"{len(points)} change point{'s' if len(points) != 1 else ''}"
+    return [title, *(f"  {line}" for line in table(header, rows, left=2))]
 
 
 def better_text(found: Point) -> str:
@@ -83,10 +85,13 @@ def series_lines(series: list[Series]) -> list[str]:
 
 
 def spark(values: tuple[float | None, ...]) -> str:
-    """One character a session, lowest to highest; a gap is a dot."""
+    """One character a session, lowest to highest; a gap is a dot.
+
+    The whole height is at least a tenth of the value: noise must not look like mountains.
+    """
     known = [v for v in values if v is not None]
     if not known:
         return GAP * len(values)
     low, high = min(known), max(known)
-    step = (high - low) / (len(BARS) - 1) or 1.0
+    step = max(high - low, LEAST_HEIGHT * abs(low)) / (len(BARS) - 1) or 1.0
     return "".join(GAP if v is None else BARS[round((v - low) / step)] for v in values)

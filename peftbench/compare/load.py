@@ -219,7 +219,7 @@ def session_time(data: dict[str, Any], records: list[dict[str, Any]]) -> float:
 
 def code_of(data: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
     """Commit and library versions, from the first record that has a provenance."""
-    found = next((r["provenance"] for r in records if r.get("provenance")), {})
+    found: dict[str, Any] = next((r["provenance"] for r in records if r.get("provenance")), {})
     info = data.get("commit_info") or {}
     commits = (found.get("library_commits") or {}).items()
     return {

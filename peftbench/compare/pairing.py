@@ -29,8 +29,8 @@ def paired_cases(base: Session, new: Session) -> list[tuple[CaseRow | None, Case
         else:
             unmatched.append(row)
     for row in unmatched:
-        key = next((k for k in left if k[0] == row.case_id), None)
-        found.append((None if key is None else left.pop(key), row))
+        same_id = next((k for k in left if k[0] == row.case_id), None)
+        found.append((None if same_id is None else left.pop(same_id), row))
     found += [(row, None) for row in left.values()]
     return sorted(found, key=lambda pair: _sort_key(pair, base, new))
 

@@ -32,7 +32,7 @@ class Prediction:
     """What the history says of a new session, one entry a case; logarithms throughout.
 
     `estimate` is the change, `se` its standard error, NaN where `sessions` is below what is needed.
-    `machine` is the part of all cases' shift that the sentinels share and that was taken out;
+    `raw` is the change with nothing taken out. `machine` is the part of all cases' shift that the sentinels share and that was taken out;
     `session_means` the mean over cases of what is left of each session of history.
     """
 
@@ -44,6 +44,7 @@ class Prediction:
     sessions: NDArray[np.int_]
     machine: float
     session_means: Floats
+    raw: Floats
 
 
 def predict(
@@ -79,7 +80,7 @@ def predict(
         se = sd * np.sqrt(1 + MEDIAN_VARIANCE / count)
     return Prediction(
         centre, adjusted[-1] - centre, se, sd, df, count, float(machine[-1]),
-        nanmean(residuals, axis=1),
+        nanmean(residuals, axis=1), deviations[-1],
     )  # fmt: skip
 
 
