@@ -231,13 +231,17 @@ def code_of(data: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, An
 
 
 def sentinel_seconds(moments: dict[str, Any]) -> dict[str, float]:
-    """Geometric mean over the session's moments, as time: a rate is turned over."""
+    """Geometric mean over the session's moments, as time: a rate is turned over.
+
+    What is neither a time nor a rate tells of the machine, not how fast it is.
+    """
     logs: dict[str, list[float]] = {}
     for found in moments.values():
         for name, value in (found or {}).items():
-            if isinstance(value, (int, float)) and math.isfinite(value) and value > 0:
-                slower = math.log(value) if name.endswith("_s") and "_per_s" not in name else None
-                logs.setdefault(name, []).append(-math.log(value) if slower is None else slower)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if name.endswith("_s") and is_number and math.isfinite(value) and value > 0:
+                sign = -1 if name.endswith("_per_s") else 1
+                logs.setdefault(name, []).append(sign * math.log(value))
     return {name: math.exp(math.fsum(found) / len(found)) for name, found in logs.items()}
 
 

@@ -32,8 +32,9 @@ class Prediction:
     """What the history says of a new session, one entry a case; logarithms throughout.
 
     `estimate` is the change, `se` its standard error, NaN where `sessions` is below what is needed.
-    `raw` is the change with nothing taken out. `machine` is the part of all cases' shift that the sentinels share and that was taken out;
-    `session_means` the mean over cases of what is left of each session of history.
+    `raw` is the change with nothing taken out, `machine` the part of all cases' shift that the
+    sentinels share and that was taken out, `session_means` the mean over cases of what is left of
+    each session of history.
     """
 
     centre: Floats
