@@ -226,7 +226,7 @@ def _reason(verdict: str, group: Predicted, rule: Rule, decided: Decisions, inde
         "regressed": f"p {p_text(p)}, margin {margin}",
         "improved": f"p {p_text(p)}, margin {margin}",
         "unchanged": f"90 % interval within {margin}",
-        "suspect": f"p {p_text(p)} alone: 1 case of 20 has that by chance",
+        "suspect": f"p {p_text(p)} alone",
         "inconclusive": f"the 90 % interval reaches beyond {margin}",
     }
     return words[verdict] + tail

@@ -193,27 +193,40 @@ def minimum_detectable(se: Floats, df: Floats, margin: Floats, tests: int) -> Fl
     return np.maximum(t_quantile(df, 1 - Q / max(tests, 1)) * se, margin) + reach
 
 
-def paired(differences: list[Floats]) -> tuple[Floats, Floats, Floats]:
+def paired(
+    differences: list[Floats], groups: list[str] | None = None
+) -> tuple[Floats, Floats, Floats]:
     """(mean, standard error, degrees of freedom) of each case's differences by seed.
 
-    The variance of a case is shrunk to the suite's. Where no case has two seeds the suite's is the
-    spread of the cases about their median: NaN with fewer than five.
+    The variance of a case is shrunk to that of its group: methods differ in how far rounding errors
+    carry a training. NaN where nothing tells it.
     """
     count = np.array([len(d) for d in differences])
     mean = np.array([float(np.mean(d)) if len(d) else np.nan for d in differences])
     own = np.array([float(np.var(d, ddof=1)) if len(d) > 1 else np.nan for d in differences])
-    repeated = np.isfinite(own)
-    if repeated.any():
-        df_own = count[repeated] - 1
-        suite = float(np.median(own[repeated] / (1 - 2 / (9 * df_own)) ** 3))
-    elif len(mean) >= 5:
-        suite = float((MAD_TO_SD * np.median(np.abs(mean - np.median(mean)))) ** 2)
-    else:
-        suite = float("nan")
+    names = np.array(groups if groups is not None else [""] * len(differences))
+    suite = np.array([typical_variance(mean, own, count, names == name) for name in names])
     df = PRIOR_DF + np.maximum(count - 1, 0)
     variance = (PRIOR_DF * suite + np.maximum(count - 1, 0) * np.nan_to_num(own)) / df
     with np.errstate(divide="ignore", invalid="ignore"):
         return mean, np.sqrt(variance / count), df
+
+
+def typical_variance(mean: Floats, own: Floats, count: NDArray[np.int_], group: Bools) -> float:
+    """Of one difference in a group: the median over its cases, or over all where it has too few.
+
+    Without a second seed it is the spread of the cases about their median; NaN below five cases.
+    """
+    repeated = np.isfinite(own)
+    if repeated.any():
+        chosen = repeated & group if (repeated & group).sum() >= LEAST_CASES else repeated
+        return float(np.median(own[chosen] / (1 - 2 / (9 * (count[chosen] - 1))) ** 3))
+    known = np.isfinite(mean)
+    chosen = known & group if (known & group).sum() > LEAST_CASES else known
+    if chosen.sum() <= LEAST_CASES:
+        return float("nan")
+    found = mean[chosen]
+    return float((MAD_TO_SD * np.median(np.abs(found - np.median(found)))) ** 2)
 
 
 def mcnemar_p(only_base: int, only_new: int) -> float:

@@ -29,7 +29,7 @@ MEANING = {
     "incomparable": "measured on another machine",
     "redefined": "another case or metric under the same name",
     "invalid": "no number to compare",
-    "suspect": "may be chance; decide with `pytest bench --confirm`",
+    "suspect": "1 case of 20 has this by chance; decide with `pytest bench --confirm`",
     "no-history": "too few sessions to judge a time",
     "improved": "better, beyond the margin and beyond chance",
     "new": "nothing to compare with",
@@ -210,7 +210,9 @@ def interval(row: Row) -> str:
 def detects(row: Row) -> str:
     if row.minimum_detectable is None:
         return ""
-    return f"{100 * row.minimum_detectable:.2g} {'pp' if row.is_difference else '%'}"
+    size = 100 * row.minimum_detectable
+    unit = "pp" if row.is_difference else "%"
+    return f"{size:.0f} {unit}" if size >= 10 else f"{size:.2g} {unit}"
 
 
 def counted_lines(found: Comparison) -> list[str]:
