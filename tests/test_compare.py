@@ -176,6 +176,10 @@ def test_a_slower_library_is_the_suite_and_a_slower_machine_is_not():
     slow = night(20, rng, slow=1.06, libraries={"torch": "2.13.0", "peft": "0.22.0"})
     found = compare(past[-1], slow, past, Rules())
     assert [(line.metric, len(line.cases)) for line in found.suite] == [("train_s", len(NAMES))]
+    assert "adapter: full 2/2, ia3 2/2, lora 2/2" in " ".join("\n".join(text_lines(found)).split())
+    assert json.loads(json_text(found))["suite"][0]["shares"][0] == {
+        "axis": "adapter", "name": "full", "worse": 2, "of": 2
+    }  # fmt: skip
     assert [(c.name, c.base, c.new) for c in found.libraries] == [("peft", "0.21.2", "0.22.0")]
     assert found.exit_code == 1
     slower = {n: v / 1.06 if "_per_s" in n else v for n, v in made.SENTINELS.items()}

@@ -39,7 +39,10 @@ def plain(found: Comparison) -> dict[str, Any]:
 
 
 def suite_plain(line: SuiteLine) -> dict[str, Any]:
-    return asdict(line) | {"cases": list(line.cases)}
+    shares = [asdict(share) for share in line.shares]
+    return asdict(line) | {
+        "change": held(line.change), "cases": list(line.cases), "shares": shares
+    }  # fmt: skip
 
 
 def row_plain(row: Row) -> dict[str, Any]:

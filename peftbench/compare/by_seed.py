@@ -21,7 +21,7 @@ from peftbench.compare.statistics import (
     paired,
     slower_p,
 )
-from peftbench.compare.verdicts import Row, SuiteLine, plain_row
+from peftbench.compare.verdicts import Row, SuiteLine, plain_row, shares_of
 
 LEAST_HISTORY = 3
 EXACT_SE = 1e-9  # runs that repeat to the last bit: any difference is real
@@ -221,5 +221,6 @@ def seeded_suite_lines(groups: list[Estimates]) -> list[SuiteLine]:
         change = float(np.expm1(middle)) if needs_logarithm(group.rule) else middle
         cases = tuple(q.new.case_id for q, w in zip(group.pairs, worse, strict=True) if w)
         reason = f"{int(worse.sum())} became worse and {int(better.sum())} better, p {p_text(p)}"
-        lines.append(SuiteLine(group.rule.metric, change, cases, known, reason))
+        shares = shares_of([pair.new for pair in group.pairs], [bool(w) for w in worse])
+        lines.append(SuiteLine(group.rule.metric, change, cases, known, reason, shares))
     return lines

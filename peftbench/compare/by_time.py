@@ -21,7 +21,7 @@ from peftbench.compare.statistics import (
     sentinel_shift,
     shared,
 )
-from peftbench.compare.verdicts import Row, SuiteLine, plain_row
+from peftbench.compare.verdicts import Row, SuiteLine, plain_row, shares_of
 
 MOST_SESSIONS = 20
 LEAST_SESSIONS = 3
@@ -250,7 +250,8 @@ def suite_lines(groups: list[Predicted]) -> list[SuiteLine]:
         known = int(np.isfinite(group.prediction.se).sum())
         machine = 100 * np.expm1(group.prediction.machine)
         reason = f"the machine's own shift is {machine:+.1f} % and is taken out"
-        lines.append(SuiteLine(group.metric, change, cases, known, reason))
+        shares = shares_of([t.pair.new for t in group.tests], [bool(s) for s in slower])
+        lines.append(SuiteLine(group.metric, change, cases, known, reason, shares))
     return lines
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from peftbench.compare.verdicts import (
     STATUS,
@@ -112,10 +112,17 @@ def whole_cases(rows: list[Row]) -> set[tuple[str, str]]:
 
 
 def suite_text(line: SuiteLine) -> str:
+    """Where it is worse, by adapter, method and model; by case where no axis tells cases apart."""
     accepted = f"; acknowledged: {line.acknowledged}" if line.acknowledged else ""
+    is_difference = METRICS[line.metric].unit == "ratio"
+    axes = [
+        f"{axis}: " + ", ".join(f"{s.name} {s.worse}/{s.of}" for s in line.shares if s.axis == axis)
+        for axis in dict.fromkeys(s.axis for s in line.shares)
+    ]
+    where = "; ".join(axes) or ", ".join(line.cases)
     return (
-        f"{line.metric} {signed(line.change, False)} in {len(line.cases)} of {line.of} cases"
-        f" ({line.reason}): {', '.join(line.cases)}{accepted}"
+        f"{line.metric} {signed(line.change, is_difference)} in {len(line.cases)} of {line.of}"
+        f" cases; {line.reason}; {where}{accepted}"
     )
 
 
@@ -248,12 +255,3 @@ def wrapped(text: str, label: str) -> list[str]:
         text, WIDTH, initial_indent=label, subsequent_indent=" " * len(label),
         break_on_hyphens=False,
     ) or [label]  # fmt: skip
-
-
-def axis_counts(case_axes: Iterable[dict[str, str]]) -> dict[str, dict[str, int]]:
-    """How many of some cases have each model, adapter and method."""
-    counts: dict[str, dict[str, int]] = {"adapter": {}, "method": {}, "model": {}}
-    for axes in case_axes:
-        for axis, names in counts.items():
-            names[axes[axis]] = names.get(axes[axis], 0) + 1
-    return counts
