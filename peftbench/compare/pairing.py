@@ -170,5 +170,5 @@ def unusable(pair: Pair, rule: Rule, versions: tuple[int | None, int | None]) ->
 
 
 def needs_logarithm(rule: Rule) -> bool:
-    """Margins, in nats, may be negative; accuracies differ by points; all else by ratio."""
-    return rule.metric_class == "noisy" or not (rule.is_difference or rule.unit == "nats")
+    """Times and perplexities; margins, in nats, may be negative, and shares differ by points."""
+    return rule.metric_class == "noisy" or rule.metric == "perplexity"

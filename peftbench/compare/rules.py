@@ -36,6 +36,11 @@ NOT_GATED: dict[str, str] = {
     "data_s": "data preparation, not the method's",
     "reference_s": "a part of method_s",
     "warmup_s": "a part of method_s",
+    "sft_s": "a part of method_s",
+    "reward_model_s": "a part of method_s",
+    "rollout_s": "a part of train_s",
+    "score_s": "a part of train_s",
+    "update_s": "a part of train_s",
     "evaluate_s": "the benchmark's own evaluation",
     "save_s": "milliseconds",
     "total_s": "the sum of all phases",
@@ -65,8 +70,9 @@ class Rule:
 
     @property
     def is_difference(self) -> bool:
-        """Accuracies differ by points, not by ratios."""
-        return self.metric_class == "seeded" and self.unit == "ratio"
+        """Shares differ by points, not by ratios; perplexities, nats and bits do not."""
+        relative = self.unit in ("nats", "bits") or self.metric == "perplexity"
+        return self.metric_class == "seeded" and not relative
 
     @property
     def sign(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from peftbench.compare.rules import default_rule
 from peftbench.compare.verdicts import (
     STATUS,
     VERDICTS,
@@ -114,7 +115,7 @@ def whole_cases(rows: list[Row]) -> set[tuple[str, str]]:
 def suite_text(line: SuiteLine) -> str:
     """Where it is worse, by adapter, method and model; by case where no axis tells cases apart."""
     accepted = f"; acknowledged: {line.acknowledged}" if line.acknowledged else ""
-    is_difference = METRICS[line.metric].unit == "ratio"
+    is_difference = default_rule(line.metric).is_difference
     axes = [
         f"{axis}: " + ", ".join(f"{s.name} {s.worse}/{s.of}" for s in line.shares if s.axis == axis)
         for axis in dict.fromkeys(s.axis for s in line.shares)
