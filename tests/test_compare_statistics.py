@@ -90,8 +90,8 @@ def test_pairs_take_the_spread_of_seeds_out():
     assert mean[0] == pytest.approx(0.01)
     # the suite's variance is every case's own, 1e-6, made unbiased for a median of 2 df
     suite = 1e-6 / (1 - 2 / 18) ** 3
-    assert se[0] == pytest.approx(np.sqrt((5 * suite + 2 * 1e-6) / 7 / 3))
-    assert df[0] == 7
+    assert se[0] == pytest.approx(np.sqrt((8 * suite + 2 * 1e-6) / 10 / 3))
+    assert df[0] == 10
 
 
 def test_a_second_session_that_disagrees_takes_a_regression_back():

@@ -18,6 +18,7 @@ MAD_TO_SD = 1.4826  # of a normal distribution
 MEDIAN_VARIANCE = 1.57  # pi / 2: variance of a median over that of a mean
 WINSOR_SDS = 3.0
 PRIOR_DF = 5.0  # how many observations the suite's own spread is worth beside a case's
+PAIR_PRIOR_DF = 8.0  # the same of a method's pairs by seed, whose spreads differ less between cases
 Q = 0.05  # false discovery rate of a comparison
 SUSPECT_P = 0.05
 SUITE_P = 0.005
@@ -206,8 +207,8 @@ def paired(
     own = np.array([float(np.var(d, ddof=1)) if len(d) > 1 else np.nan for d in differences])
     names = np.array(groups if groups is not None else [""] * len(differences))
     suite = np.array([typical_variance(mean, own, count, names == name) for name in names])
-    df = PRIOR_DF + np.maximum(count - 1, 0)
-    variance = (PRIOR_DF * suite + np.maximum(count - 1, 0) * np.nan_to_num(own)) / df
+    df = PAIR_PRIOR_DF + np.maximum(count - 1, 0)
+    variance = (PAIR_PRIOR_DF * suite + np.maximum(count - 1, 0) * np.nan_to_num(own)) / df
     with np.errstate(divide="ignore", invalid="ignore"):
         return mean, np.sqrt(variance / count), df
 
