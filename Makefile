@@ -14,6 +14,7 @@ help:
 	@echo "make lint     ruff and mypy"
 	@echo "make verify   the long proofs (an hour): three seeds, the real model; PARTS=\"a b\" picks some"
 	@echo "make overhead what measuring itself costs: the sampler, and what a run spends outside its phases"
+	@echo "make calibration  the comparison's promises on simulated nights (some minutes)"
 	@echo "make glossary write the METRICS table into README.md"
 
 $(VENV)/.installed: requirements.lock pyproject.toml scripts/before_install.py
@@ -45,6 +46,9 @@ verify: install
 
 overhead: install
 	$(BIN)/python scripts/overhead.py $(ARGS)
+
+calibration: install
+	$(BIN)/python scripts/calibration.py $(ARGS)
 
 glossary: install
 	$(BIN)/python scripts/glossary.py README.md

@@ -1,4 +1,5 @@
-"""The `peftbench` command. Exit codes: 0 done, 2 a mistake in what was given, 130 stopped."""
+"""The `peftbench` command. Exit codes: 0 done, 2 a mistake in what was given, 130 stopped;
+`compare` adds 1, 3 and 4 for what it found."""
 
 from __future__ import annotations
 
@@ -9,14 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from peftbench import __version__, provenance
-from peftbench.adapters import ADAPTERS
-from peftbench.case import PRESETS
 from peftbench.data import assets
-from peftbench.data.loading import DATA
 from peftbench.errors import UserError, unknown_name
 from peftbench.hub import hub_token
-from peftbench.methods import METHODS
-from peftbench.models import MODELS
 from peftbench.record import dumps
 from peftbench.show import (
     commit_text,
@@ -56,11 +52,42 @@ def build_parser() -> argparse.ArgumentParser:
     fetch = actions.add_parser("fetch", help="download, check and keep them in the cache")
     fetch.add_argument("names", nargs="*", help=f"of: {', '.join(assets.ASSETS)} (default: all)")
     actions.add_parser("list", help="what there is, and what is in the cache")
+    add_comparison_commands(commands)
     return parser
+
+
+def add_comparison_commands(commands: Any) -> None:
+    """`compare` and `history`; docs/comparison.md explains both."""
+    compare = commands.add_parser("compare", help="what changed between two sessions")
+    compare.add_argument("base", metavar="BASE", type=Path, help="a result file, or a folder: its"
+                         " newest session before NEW, all of it being the history")  # fmt: skip
+    compare.add_argument(
+        "new", metavar="NEW", type=Path, help="a result file, or a folder's newest"
+    )
+    compare.add_argument("--history", metavar="DIR", type=Path, help="earlier sessions")
+    compare.add_argument(
+        "--strict", action="store_true", help="exit with 4 for a suspect or a want of history"
+    )
+    compare.add_argument("--format", choices=("text", "markdown", "json"), default="text")
+    compare.add_argument("--all", action="store_true", help="every row, not only what stands out")
+    history = commands.add_parser("history", help="a folder's sessions: series and change points")
+    history.add_argument("folder", metavar="DIR", type=Path)
+    history.add_argument("--case", metavar="P", help="only ids that match this pattern, or hold it")
+    history.add_argument("--metric", metavar="M", help="only this metric")
+    for command in (compare, history):
+        command.add_argument(
+            "--subject", metavar="LIBRARY", help="order and name sessions by this library's version"
+        )
 
 
 def list_tables() -> None:
     """Everything that has a name, from the tables themselves."""
+    from peftbench.adapters import ADAPTERS
+    from peftbench.case import PRESETS
+    from peftbench.data.loading import DATA
+    from peftbench.methods import METHODS
+    from peftbench.models import MODELS
+
     sections = {
         "models": [[n, m.about] for n, m in MODELS.items()],
         "adapters": [[n, f"{a.about} ({a.family})"] for n, a in ADAPTERS.items()],
@@ -205,15 +232,52 @@ def show_environment(*, as_json: bool) -> None:
 def show_file(path: Path, case: str | None) -> None:
     rows = read_rows(path)
     lines = overview_lines(rows) if case is None else record_lines(find_row(rows, case))
-    # samples are in any script, and not every terminal can show it
+    write("\n".join(lines))
+
+
+def write(text: str) -> None:
+    """Records may hold any script, and not every terminal can show it."""
     encoding = sys.stdout.encoding or "utf-8"
-    print("\n".join(lines).encode(encoding, "replace").decode(encoding))
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; the exit code is still ours to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def compare_files(options: argparse.Namespace) -> int:
+    """Print a comparison; its exit code."""
+    # numpy and scipy take a third of a second: only those who compare pay for them
+    from peftbench.compare.as_json import json_text
+    from peftbench.compare.compare import compare_paths
+    from peftbench.compare.markdown import markdown_text
+    from peftbench.compare.text import text_lines
+
+    found = compare_paths(
+        options.base, options.new, options.history, strict=options.strict, subject=options.subject
+    )
+    if options.format == "text":
+        write("\n".join(text_lines(found, every_row=options.all)))
+    else:
+        write((markdown_text if options.format == "markdown" else json_text)(found).rstrip("\n"))
+    return found.exit_code
+
+
+def show_history(options: argparse.Namespace) -> None:
+    from peftbench.compare.history import read_history
+    from peftbench.compare.history_text import history_lines
+
+    found = read_history(options.folder, options.case, options.metric, options.subject)
+    write("\n".join(history_lines(found)))
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
-        if options.command == "list":
+        if options.command == "compare":
+            return compare_files(options)
+        if options.command == "history":
+            show_history(options)
+        elif options.command == "list":
             list_tables()
         elif options.command == "env":
             show_environment(as_json=options.json)

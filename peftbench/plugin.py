@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from peftbench import gate
 from peftbench.adapters import ADAPTERS
 from peftbench.case import (
     CHOICES,
@@ -91,6 +92,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--case-timeout", type=float, default=7200.0, help="seconds after which a case is ended"
     )
+    gate.add_options(group)
     for setting in fields(Settings):
         choices = f" ({' | '.join(CHOICES[setting.name])})" if setting.name in CHOICES else ""
         text = HELP.get(setting.name, setting.name.replace("_", " ")) + choices
@@ -165,11 +167,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[SELECTION] = selection(config)
     except UserError as error:
         raise pytest.UsageError(without_secrets(str(error))) from None
+    config.pluginmanager.register(ComparisonGate())  # inside the next, so after the file
     config.pluginmanager.register(FileGuard())
 
 
 SELECTION = pytest.StashKey[tuple[Preset, Cases]]()
 SESSION = pytest.StashKey[Session]()
+VERDICT = pytest.StashKey[gate.Verdict]()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -199,6 +203,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         chosen = [cases[k["model"], k["adapter"], k["method"]] for k in keys]
         preflight(preset, {c.model for c in chosen}, {c.adapter for c in chosen})
         refuse_other_modes(config)
+        gate.check_options(config)
         folder = writable_folder(Path(config.getoption("results_dir")))
         ours = Session(
             folder, Progress(len(items)), preset.rounds, config.getoption("case_timeout"),
@@ -358,6 +363,30 @@ def session_json(session: Session) -> dict[str, Any]:
     }
 
 
+class ComparisonGate:
+    """After the file is written: what changed, and whether that fails the session."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
+        result = yield
+        config = session.config
+        ours = config.stash.get(SESSION, None)
+        if ours is None or not ours.rows or config.getoption("compare_to") is None:
+            return result
+        if ours.rows[-1]["status"] == "interrupted":
+            return result
+        try:
+            cases = list(config.stash[SELECTION][1].values())
+            found = gate.judge(config, ours, cases, session_json(ours))
+        except UserError as error:
+            found = gate.Verdict([f"cannot compare: {error}"], gate.USAGE_ERROR, None)
+        config.stash[VERDICT] = found
+        fails = config.getoption("fail_on_regression") or found.exit_code == gate.USAGE_ERROR
+        if found.exit_code != 0 and fails and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        return result
+
+
 class FileGuard:
     """Around pytest-benchmark's end of the session, which writes the JSON file.
 
@@ -396,6 +425,13 @@ def pytest_terminal_summary(
     for line in summary_lines(session.rows):
         terminalreporter.write_line(line)
     terminalreporter.write_line(f"each round is kept in {session.folder}")
+    verdict = config.stash.get(VERDICT, None)
+    if verdict is not None:
+        terminalreporter.section("peftbench: what changed")
+        for line in verdict.lines:
+            terminalreporter.write_line(line)
+        if verdict.file is not None:
+            terminalreporter.write_line(f"verdicts: {verdict.file}")
     if session.not_written is not None:
         terminalreporter.write_line(f"ERROR: {session.not_written}", red=True)
 

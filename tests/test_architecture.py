@@ -46,6 +46,14 @@ LAYERS = [
         "rollout",
     },
     {"models", "evaluation"},
+    # comparing: from files to words, above what it reads and beside what runs
+    {"compare.load", "compare.rules", "compare.statistics"},
+    {"compare.index", "compare.verdicts", "compare.decisions", "compare.change_points"},
+    {"compare.order", "compare.pairing"},
+    {"compare.by_class", "compare.by_time"},
+    {"compare.by_seed", "compare.history"},
+    {"compare.compare", "compare.text"},
+    {"compare.history_text", "compare.markdown", "compare.as_json"},
     {"training", "trl_engine"},
     {"reward_model"},
     {"ppo_roles"},
@@ -56,6 +64,7 @@ LAYERS = [
     {"resume"},
     {"session"},
     {"rounds"},
+    {"gate"},
     {"plugin", "cli"},
     {"__main__"},
 ]
@@ -97,7 +106,7 @@ def test_only_child_modules_import_heavy_libraries_at_the_top(name):
 
 def test_every_module_has_its_layer():
     placed = set().union(*LAYERS)
-    assert set(modules()) - {"__init__", "", "data", "measuring"} == placed
+    assert set(modules()) - {"__init__", "", "data", "measuring", "compare"} == placed
 
 
 @pytest.mark.parametrize("depth", range(len(LAYERS)))

@@ -57,6 +57,8 @@ class DeviceReadings:
     conditions: Conditions
     invalid: tuple[str, ...]  # why the round must not be counted
     reasons: dict[str, str]
+    power_limit_w: float | None  # with `mig`, what must be equal for two runs to be compared
+    mig: str | None
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,8 @@ def _device(
         conditions=conditions,
         invalid=tuple(sentence for sentence in (shared, throttled) if sentence is not None),
         reasons=peaks.reasons | {name: why for name, why in missing.items() if why is not None},
+        power_limit_w=device.info.get("power_limit_w"),  # type: ignore[arg-type]
+        mig=device.info.get("mig"),  # type: ignore[arg-type]
     )
 
 

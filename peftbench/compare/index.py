@@ -1,0 +1,93 @@
+"""The derived index: what a comparison needs of a result file, kept in the cache by its content.
+
+A result file is immutable and mostly losses, samples and phases; reading two hundred of them takes
+tens of seconds. An entry is named by the file's sha256, so it is never out of date, and a cache
+that is lost or damaged is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from peftbench.compare.load import CaseRow, Round, Session, read_session
+from peftbench.data.assets import cache_dir
+from peftbench.metrics import METRICS
+from peftbench.record import write_atomically
+
+INDEX_VERSION = 1
+OF_SESSION = tuple(f.name for f in fields(Session) if f.name not in ("name", "cases"))
+OF_CASE = tuple(f.name for f in fields(CaseRow) if f.name != "rounds")
+SHARED = ("axes", "environment", "inputs", "null_reasons")  # mostly the same in many cases
+
+
+def read_indexed(path: Path) -> Session:
+    """`read_session` through the index.
+
+    Raises: UserError as `read_session` does.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return read_session(path)  # which says what is wrong
+    entry = index_folder() / f"{hashlib.sha256(content).hexdigest()}.json"
+    try:
+        return from_entry(path.name, json.loads(entry.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        session = read_session(path)
+    with suppress(OSError):  # a cache that cannot be written costs time only
+        write_atomically(entry, json.dumps(to_entry(session)))
+    return session
+
+
+def index_folder() -> Path:
+    """Entries of other metrics or of another form lie in other folders."""
+    kind = hashlib.sha256(repr((INDEX_VERSION, *METRICS)).encode()).hexdigest()[:12]
+    return cache_dir() / "index" / kind
+
+
+def to_entry(session: Session) -> dict[str, Any]:
+    """Rounds as lists in the order of METRICS; what many cases share is written once."""
+    shared: list[dict[str, str]] = []
+    place: dict[str, int] = {}
+
+    def index(value: dict[str, str]) -> int:
+        text = repr(value)
+        if text not in place:
+            place[text] = len(shared)
+            shared.append(value)
+        return place[text]
+
+    cases = []
+    for row in session.cases.values():
+        facts = [index(getattr(row, n)) if n in SHARED else getattr(row, n) for n in OF_CASE]
+        cases.append([facts, [
+            [r.run_id, r.seed, r.disturbed, [r.values.get(n) for n in METRICS], r.broken,
+                         r.outcomes]
+            for r in row.rounds
+        ]])  # fmt: skip
+    return {
+        "session": {n: getattr(session, n) for n in OF_SESSION}, "shared": shared, "cases": cases
+    }  # fmt: skip
+
+
+def from_entry(name: str, entry: dict[str, Any]) -> Session:
+    shared, cases = entry["shared"], {}
+    for facts, rounds in entry["cases"]:
+        given = dict(zip(OF_CASE, facts, strict=True))
+        for key in SHARED:
+            given[key] = shared[given[key]]
+        given["rounds"] = tuple(round_from(r) for r in rounds)
+        row = CaseRow(**given)
+        cases[row.case_id, row.case_hash] = row
+    return Session(name=name, cases=cases, **entry["session"])
+
+
+def round_from(entry: list[Any]) -> Round:
+    run_id, seed, disturbed, values, broken, outcomes = entry
+    known = {n: v for n, v in zip(METRICS, values, strict=True) if v is not None}
+    return Round(run_id, seed, disturbed, known, broken, outcomes)

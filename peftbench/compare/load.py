@@ -1,0 +1,281 @@
+"""Result files as sessions: every case's rounds by seed, its status, and where it ran.
+
+A session may be spread over several files. A case is its id and its hash: two runs of one case in
+one session put their rounds together, and the same round is taken once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from peftbench import __version__
+from peftbench.errors import UserError
+from peftbench.metrics import METRICS
+from peftbench.record import FORMAT, STATUSES
+
+GIVE = "give a file that `pytest bench --benchmark-json=FILE` wrote, or a folder of them"
+VERDICT_SCHEMA = "peftbench-verdicts"  # our own verdict files may lie beside the results
+Key = tuple[str, str]  # case id, case hash
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round's numbers; what is not a finite number is in `broken`, with what was found."""
+
+    run_id: str
+    seed: int
+    disturbed: bool
+    values: dict[str, float]
+    broken: dict[str, str]
+    outcomes: str | None  # "1" for each held-out pair that came out right, "0" for the others
+
+
+@dataclass(frozen=True)
+class CaseRow:
+    """One case of one session. `environment` must match for two rows to be compared."""
+
+    case_id: str
+    case_hash: str
+    status: str
+    reason: str
+    axes: dict[str, str]  # model, adapter, method
+    environment: dict[str, str]
+    inputs: dict[str, str]  # digests of data and weights
+    null_reasons: dict[str, str]
+    rounds: tuple[Round, ...]
+
+    @cached_property
+    def calm_rounds(self) -> tuple[Round, ...]:
+        """Those that count: the undisturbed, or all where every one was disturbed."""
+        return tuple(r for r in self.rounds if not r.disturbed) or self.rounds
+
+    @property
+    def is_disturbed(self) -> bool:
+        """In every round: its times say nothing."""
+        return bool(self.rounds) and all(r.disturbed for r in self.rounds)
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of the matrix on one commit."""
+
+    name: str
+    time_unix_s: float
+    commit: str | None
+    dirty: bool
+    libraries: dict[str, str]
+    library_commits: dict[str, str]
+    sentinels: dict[str, float]  # seconds-like: larger is slower
+    metric_versions: dict[str, int]
+    cases: dict[Key, CaseRow]
+
+    @cached_property
+    def run_ids(self) -> frozenset[str]:
+        """ "?" stands for a file that names none, and is no run."""
+        found = (r.run_id for row in self.cases.values() for r in row.rounds)
+        return frozenset(run_id for run_id in found if run_id != "?")
+
+
+def read_session(path: Path) -> Session:
+    """The session of one result file, or of one round's file of `--results-dir`.
+
+    Raises: UserError for a file that is missing, no JSON, of another program, newer or damaged.
+    """
+    data = read_json(path)
+    try:
+        return session_of(path.name, data)
+    except UserError as error:
+        raise UserError(f"{str(path)!r} {error}; {GIVE}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise UserError(f"{str(path)!r} is damaged ({detail}); {GIVE}") from None
+
+
+def read_json(path: Path) -> Any:
+    """Raises: UserError for what cannot be read or is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r} ({error.strerror}); {GIVE}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{str(path)!r} is not JSON ({error}); {GIVE}") from None
+
+
+def session_of(name: str, data: Any) -> Session:
+    """Raises: UserError, without the file's name, for JSON that is no session of ours."""
+    if not isinstance(data, dict):
+        raise UserError("is JSON, but not of peftbench")
+    ours = data.get("peftbench")
+    if isinstance(ours, dict) and "format" in ours:
+        check_format(ours["format"])
+        records = [b.get("extra_info", {}) for b in data["benchmarks"]]
+        by_key = {(r["case_id"], r["case_hash"]): r for r in records if "case_id" in r}
+        listed = [by_key.get((c["case_id"], c["case_hash"]), c) for c in ours.get("cases", [])]
+        in_list = {(r["case_id"], r["case_hash"]) for r in listed}
+        listed += [r for key, r in by_key.items() if key not in in_list]
+    elif {"format", "case_id", "status"} <= set(data):
+        check_format(data["format"])
+        ours, listed = {}, [data]
+    else:
+        raise UserError("is JSON, but not of peftbench")
+    if not listed:
+        raise UserError("holds no case: the run ended before its first one")
+    cases: dict[Key, CaseRow] = {}
+    for record in listed:
+        row = case_row(record)
+        key = (row.case_id, row.case_hash)
+        cases[key] = merged_rows(cases[key], row) if key in cases else row
+    return Session(
+        name=name,
+        time_unix_s=session_time(data, listed),
+        **code_of(data, listed),
+        sentinels=sentinel_seconds(ours.get("sentinels") or {}),
+        metric_versions={str(k): int(v) for k, v in (ours.get("metric_versions") or {}).items()},
+        cases=cases,
+    )
+
+
+def check_format(found: Any) -> None:
+    if not isinstance(found, int) or not 1 <= found <= FORMAT:
+        raise UserError(
+            f"has format {found!r}; peftbench {__version__} reads 1 to {FORMAT}: upgrade peftbench"
+        )
+
+
+def case_row(record: dict[str, Any]) -> CaseRow:
+    """Raises: UserError for a case that is said to be ok and has no numbers."""
+    status = str(record["status"])
+    if status not in STATUSES:
+        raise UserError(f"has the unknown status {status!r} for {record['case_id']}")
+    rounds = record.get("rounds") or [record]
+    if status == "ok" and not any(name in r for name in METRICS for r in rounds):
+        raise UserError(f"is damaged: {record['case_id']} is ok but has no record in it")
+    case = record.get("case") or {}
+    return CaseRow(
+        case_id=str(record["case_id"]),
+        case_hash=str(record["case_hash"]),
+        status=status,
+        reason=str(record.get("reason") or ""),
+        axes={axis: str(case.get(axis, "?")) for axis in ("model", "adapter", "method")},
+        environment=environment_of(record) if status == "ok" else {},
+        inputs={
+            name: str(record[name]) for name in ("data_digest", "weights_hash") if record.get(name)
+        },
+        null_reasons={str(k): str(v) for k, v in (record.get("null_reasons") or {}).items()},
+        rounds=tuple(round_of(r, record) for r in rounds) if status == "ok" else (),
+    )
+
+
+def round_of(entry: dict[str, Any], record: dict[str, Any]) -> Round:
+    values, broken = {}, {}
+    for name in METRICS.keys() & entry.keys():
+        value = entry[name]
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            values[name] = value
+        elif value is not None:
+            broken[name] = f"{value!r} is no finite number"[:80]
+    outcomes = (entry.get("items") or {}).get("preference_correct")
+    return Round(
+        run_id=str(entry.get("run_id") or record.get("run_id") or "?"),
+        seed=int(entry.get("seed", 0)),
+        disturbed=bool(entry.get("disturbances")),
+        values=values,
+        broken=broken,
+        outcomes=outcomes if isinstance(outcomes, str) else None,
+    )
+
+
+def environment_of(record: dict[str, Any]) -> dict[str, str]:
+    """What must be equal for two rows to be compared, where both know it: never a version."""
+    device = str(record.get("device", "?"))
+    found = {"device": device, "threads": str(record.get("threads", "?"))}
+    if device == "cpu":
+        found["cpu"] = str((record.get("provenance") or {}).get("cpu", "?"))
+        return found
+    del found["threads"]  # the CPU's threads do not train there
+    devices = (record.get("gpu") or {}).get("devices") or []
+    found["GPUs"] = str(len(devices))
+    for own in devices:
+        if own.get("uuid") == record.get("device_uuid"):
+            found |= {n: str(own[n]) for n in ("mig", "power_limit_w") if own.get(n) is not None}
+    return found
+
+
+def session_time(data: dict[str, Any], records: list[dict[str, Any]]) -> float:
+    """When the first round began, in seconds since 1970; 0 where the file does not say."""
+    starts = [
+        entry["start_unix_s"]
+        for record in records
+        for entry in (record.get("rounds") or [record])
+        if isinstance(entry.get("start_unix_s"), (int, float))
+    ]
+    return min(starts, default=0.0)
+
+
+def code_of(data: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Commit and library versions, from the first record that has a provenance."""
+    found: dict[str, Any] = next((r["provenance"] for r in records if r.get("provenance")), {})
+    info = data.get("commit_info") or {}
+    commits = (found.get("library_commits") or {}).items()
+    return {
+        "commit": found.get("commit") or info.get("id"),
+        "dirty": bool(found.get("commit_dirty", info.get("dirty", False))),
+        "libraries": {str(k): str(v) for k, v in (found.get("libraries") or {}).items()},
+        "library_commits": {k: str(v["commit"]) for k, v in commits if v.get("commit")},
+    }
+
+
+def sentinel_seconds(moments: dict[str, Any]) -> dict[str, float]:
+    """Geometric mean over the session's moments, as time: a rate is turned over.
+
+    What is neither a time nor a rate tells of the machine, not how fast it is.
+    """
+    logs: dict[str, list[float]] = {}
+    for found in moments.values():
+        for name, value in (found or {}).items():
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if name.endswith("_s") and is_number and math.isfinite(value) and value > 0:
+                sign = -1 if name.endswith("_per_s") else 1
+                logs.setdefault(name, []).append(sign * math.log(value))
+    return {name: math.exp(math.fsum(found) / len(found)) for name, found in logs.items()}
+
+
+def merged_rows(first: CaseRow, second: CaseRow) -> CaseRow:
+    """Two runs of one case in one session: the failure of either, the rounds of both."""
+    if "ok" not in (first.status, second.status) or first.status != second.status:
+        return first if first.status != "ok" else second
+    known = {(r.run_id, r.seed) for r in first.rounds}
+    more = tuple(r for r in second.rounds if (r.run_id, r.seed) not in known)
+    return replace(
+        first,
+        rounds=first.rounds + more,
+        environment=both(first.environment, second.environment),
+        inputs=both(first.inputs, second.inputs),
+    )
+
+
+def both(first: dict[str, str], second: dict[str, str]) -> dict[str, str]:
+    """Equal where they agree; a mixture equals neither of what it was made of."""
+    names = sorted(first.keys() | second.keys())
+    pairs = {name: (first.get(name, "?"), second.get(name, "?")) for name in names}
+    return {name: a if a == b else f"{a} and {b}" for name, (a, b) in pairs.items()}
+
+
+def merged(sessions: list[Session]) -> Session:
+    """Files of one session as one; the first in time names code and libraries."""
+    first = min(sessions, key=lambda s: (s.time_unix_s, s.name))
+    cases: dict[Key, CaseRow] = {}
+    sentinels: dict[str, list[float]] = {}
+    for session in sorted(sessions, key=lambda s: (s.time_unix_s, s.name)):
+        for key, row in session.cases.items():
+            cases[key] = merged_rows(cases[key], row) if key in cases else row
+        for name, seconds in session.sentinels.items():
+            sentinels.setdefault(name, []).append(math.log(seconds))
+    means = {name: math.exp(math.fsum(found) / len(found)) for name, found in sentinels.items()}
+    names = " + ".join(sorted({s.name for s in sessions}))
+    return replace(first, name=names, cases=cases, sentinels=means)
