@@ -49,7 +49,7 @@ def train_without_end(threads: int) -> None:
 
     import torch
 
-    from peftbench import models, pipeline, training
+    from peftbench import adapters, models, pipeline, training
     from peftbench.case import PRESETS, Case
     from peftbench.data.loading import load_task
 
@@ -57,22 +57,25 @@ def train_without_end(threads: int) -> None:
     case = models.resolved(Case("tiny-gpt2", "lora", "sft", settings))
     device = pipeline.prepare_process(case.settings)
     pipeline.import_libraries(case.settings)
-    model = pipeline.adapters.attach(
+    model = adapters.attach(
         pipeline.load(case, device, quantize=False), "lora", case.settings
     )
     tokenizer = models.load_tokenizer(case.model, case.settings.weights)
     task = load_task(case.settings, tokenizer, model.config.vocab_size)
     windows = training.build_windows(task, case.settings, "chosen", device)[:1]  # equal steps
-    optimizer = training.build_optimizer(model.train(), case.settings)
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = training.build_optimizer(trained, case.settings, case.settings.learning_rate)
     steps: list[tuple[float, float]] = []
     print("ready", flush=True)
     end_s = time.monotonic() + 1.2 * BLOCK_S * BLOCKS  # starting and stopping takes time too
     for window in cycle(windows):
         started_s = time.monotonic()
-        training.batch_loss(
+        loss = training.batch_loss(
             model, window.batches[0], "sft", case.settings,
             window_tokens=window.completion_tokens, reference=None,
-        ).backward()  # fmt: skip
+        )  # fmt: skip
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":

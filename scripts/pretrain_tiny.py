@@ -196,7 +196,7 @@ def train(model: Any, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int)
         offsets[: BATCH_ROWS // 2] = 0
         logits = model(input_ids=ids, position_ids=offsets + torch.arange(WINDOW)).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
