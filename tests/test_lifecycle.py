@@ -16,9 +16,12 @@ import pytest
 from bench_run import bench, cases, finish, namespace, own_compare, read, rows, start
 
 from peftbench.case import Case, Settings, parse_bytes
+from peftbench.errors import UserError
 from peftbench.out_of_memory import oom_bytes
+from peftbench.progress import Progress
 from peftbench.record import dumps
 from peftbench.resume import provenance_difference, settings_difference
+from peftbench.session import Session
 from peftbench.worker import outcome_of
 
 LONG = ["--pairs", "800"]  # seconds of training, so that something can happen meanwhile
@@ -223,6 +226,13 @@ def test_a_full_disk_keeps_what_was_written_and_says_how_to_go_on(tmp_path):
         run = json.loads((inside / "run.json").read_text())
         assert {c["status"] for c in cases(run).values()} == {"ok"}
         assert "[2/2] tiny-gpt2-full-sft" in text
+
+        subprocess.run([*enter, "mount", "-o", "remount,ro", str(disk)], check=True)
+        code, text = finish(start(tmp_path, *options, before=enter))
+        assert code == 4, text
+        assert "cannot be written (Read-only file system); give another with --results-dir" in text
+        assert "Traceback" not in text
+        assert json.loads(first.read_text())["status"] == "ok"
     finally:
         keeper.kill()
         keeper.wait()
@@ -337,6 +347,18 @@ def test_a_killed_run_is_resumed_and_a_changed_one_refused(tmp_path):
     code, text = finish(start(tmp_path, *options, "--resume", "yesterday"))
     assert code == 4
     assert f"no run 'yesterday' in ./runs; there are: {folder.name}" in text
+
+
+def test_a_round_of_another_device_is_not_reused(tmp_path):
+    case = Case("tiny-gpt2", "lora", "sft")
+    session = Session(tmp_path, Progress(1))
+    session._earlier = {(case.hash, 0): {"device": "NVIDIA H200"}}
+    session.sentinels["start"] = {"device": "NVIDIA H200"}
+    assert session.earlier(case, 0) == {"device": "NVIDIA H200"}
+    assert session.earlier(case, 1) is None
+    session.sentinels["start"] = {"device": "cpu"}
+    with pytest.raises(UserError, match="its rounds ran on NVIDIA H200, this device is cpu"):
+        session.earlier(case, 0)
 
 
 def test_a_setting_that_a_resumed_run_would_mix_is_named():
