@@ -7,7 +7,7 @@ RUN_JSON ?= output/run.json
 TORCH_INDEX ?=
 ARGS ?=
 
-.PHONY: help install bench test lint verify overhead glossary clean
+.PHONY: help install bench test lint verify overhead costs glossary clean
 help:
 	@echo "make bench    the quick preset: 34 cases, a few minutes on a CPU -> $(RUN_JSON)"
 	@echo "make test     all tests that need no GPU, and the linters (under 10 minutes)"
@@ -15,6 +15,7 @@ help:
 	@echo "make verify   the long proofs (an hour): three seeds, the real model; PARTS=\"a b\" picks some"
 	@echo "make overhead what measuring itself costs: the sampler, and what a run spends outside its phases"
 	@echo "make calibration  the comparison's promises on simulated nights (some minutes)"
+	@echo "make costs    write the table of PPO's cost against DPO's and ORPO's into docs/ppo.md"
 	@echo "make glossary write the METRICS table into README.md"
 
 $(VENV)/.installed: requirements.lock pyproject.toml scripts/before_install.py
@@ -49,6 +50,9 @@ overhead: install
 
 calibration: install
 	$(BIN)/python scripts/calibration.py $(ARGS)
+
+costs: install
+	$(BIN)/python scripts/costs.py docs/ppo.md results/*/*/*.json
 
 glossary: install
 	$(BIN)/python scripts/glossary.py README.md
