@@ -1,0 +1,167 @@
+"""peftbench's side of the PPO comparison: `PPO.update`, the loop that a case runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any
+
+import accelerate  # noqa: F401  # imported before memory is read, as a case does
+import torch
+import transformers  # noqa: F401
+from work import Memory, PPOWork, read_arguments
+
+from peftbench import adapters, models, ppo_training
+from peftbench.case import Settings
+from peftbench.data.task import TokenPair, TokenTask
+from peftbench.measuring.flops import count_flops
+from peftbench.methods.reward import token_share
+from peftbench.ppo_roles import Roles, build_value
+from peftbench.reward_model import ScalarModel
+
+NO_EOS = -1  # an id that nobody draws: every response has its full length
+
+
+def main() -> None:
+    values, outcome_file = read_arguments()
+    work = PPOWork(**values)
+    torch.set_num_threads(work.threads)
+    memory = Memory()
+    runs = [train(work, seed, memory) for seed in work.seeds]
+    outcome_file.write_text(json.dumps({"runs": runs, "peak_growth_bytes": memory.peak_growth_bytes}))
+
+
+def settings_of(work: PPOWork, seed: int) -> Settings:
+    return Settings(
+        device="cpu", threads=work.threads, targets="qv", rank=work.rank, alpha=work.alpha,
+        pairs=len(work.prompts), prompt_length=len(work.prompts[0]),
+        completion_length=work.response_length,
+        batch_size=work.micro_batch_size,
+        gradient_accumulation=work.batch_size // work.micro_batch_size,
+        warmup_steps=0, learning_rate=work.learning_rate, schedule="constant", max_grad_norm=0.0,
+        ppo_batch_size=work.batch_size, ppo_minibatch_size=work.batch_size,
+        ppo_epochs=work.epochs, ppo_kl_coef=work.kl_coef, value=work.value,
+        reward="model" if work.counted_token is None else "count-token",
+        missing_eos="keep", seed=seed,
+    )  # fmt: skip
+
+
+def train(work: PPOWork, seed: int, memory: Memory) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    settings = settings_of(work, seed)
+    model = models.load_model(
+        work.model, weights="pretrained", dtype=torch.float32, device=torch.device("cpu"),
+        quantize=False, seed=seed,
+    )  # fmt: skip
+    models.disable_dropout(model)
+    plain = adapters.shared_copy(model)
+    model = adapters.attach(model, "lora", settings)
+    roles = build_roles(model, plain, settings, work.counted_token)
+    state = ppo_training.PPO(model.train(), roles, task_of(work), settings, NO_EOS)
+    memory.start()
+    update_s = []
+    for index in range(work.updates):
+        started_s = time.perf_counter()
+        state.update(index)
+        update_s.append(time.perf_counter() - started_s)
+    memory.stop()
+    rows = state.history
+    return {
+        "update_s": update_s,
+        "rollout_s": [row["rollout_s"] for row in rows],
+        "score_s": [row["score_s"] for row in rows],
+        "learn_s": [row["update_s"] for row in rows],
+        "response_tokens": [row["response_tokens"] for row in rows],
+        "reward_mean": [row["reward_mean"] for row in rows],
+        "kl_k1": [row["kl_k1"] for row in rows],
+        "trainable_params": sum(p.numel() for p in state.parameters),
+        "floor": floors(state, work, time_machine()) if work.counted_token is None else None,
+    }
+
+
+def build_roles(model: Any, plain: Any, settings: Settings, counted: int | None) -> Roles:
+    """As `prepare_roles`, but the reward model is left as it starts: its scores cost the same."""
+    reward_model, reward = None, None
+    if counted is None:
+        reward_model = ScalarModel(adapters.shared_copy(plain), settings)
+        reward_model.requires_grad_(False).eval()
+    else:
+        reward = lambda _, rows: torch.tensor([token_share(row, counted) for row in rows])  # noqa: E731
+    head, value_model = build_value(model, plain, reward_model, settings)
+    return Roles(plain, reward_model, reward, head, value_model, 0)
+
+
+def task_of(work: PPOWork) -> TokenTask:
+    rows = tuple(TokenPair(tuple(p), tuple(p), tuple(p)) for p in work.prompts)
+    return TokenTask("peers", "", rows, (), (), (), 0, None, 0, 0)
+
+
+def time_machine() -> dict[str, float]:
+    """What memory and multiplier give at best right now: the fastest of several repeats.
+
+    read_bytes_per_s: a sum over 1 GiB, beyond any cache, and a matrix-vector product, whichever
+    reads faster; matmul_flops_per_s: float32 products of 1024 and 2048 rows.
+    """
+    big = torch.ones(2**28)
+    matrix, vector = big.view(2**14, 2**14), torch.ones(2**14)
+    read_s = min(fastest_s(big.sum), fastest_s(lambda: torch.mv(matrix, vector)))
+    flops_per_s = 0.0
+    for n in (1024, 2048):
+        a, out = torch.ones(n, n), torch.empty(n, n)
+        seconds = fastest_s(lambda a=a, out=out: torch.mm(a, a, out=out))
+        flops_per_s = max(flops_per_s, 2 * n**3 / seconds)
+    return {"read_bytes_per_s": big.nbytes / read_s, "matmul_flops_per_s": flops_per_s}
+
+
+def fastest_s(work: Any) -> float:
+    seconds = []
+    for _ in range(6):
+        started_s = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started_s)
+    return min(seconds[1:])
+
+
+def floors(state: ppo_training.PPO, work: PPOWork, machine: dict[str, float]) -> dict[str, float]:
+    """What reading and multiplying alone take of a rollout, and multiplying of an update.
+
+    Rollout: the prompts in one pass, whose head runs on the last column, then a pass a token; a
+    pass takes the bytes of all weights that it multiplies by, over the read rate, plus its
+    operations over the matmul rate. Update: the counted operations over the matmul rate.
+    """
+    trunk, head = multiplied_weights(state.model)
+    rows, prompt = work.batch_size, len(work.prompts[0])
+    read_s = 4 * (trunk + head) / machine["read_bytes_per_s"]
+    rate = machine["matmul_flops_per_s"]
+    step_s = read_s + 2 * rows * (trunk + head) / rate
+    prompts_s = read_s + 2 * rows * (trunk * prompt + head) / rate
+    experience, _ = state.score(work.updates - 1, state.roll_out(work.updates - 1))
+    state.optimizer.zero_grad(set_to_none=True)
+    order = list(range(rows))
+    learn_flops = work.epochs * count_flops(lambda: state.minibatch(experience, order, []))
+    score_flops = count_flops(
+        lambda: state.score(work.updates - 1, state.roll_out(work.updates - 1))
+    ) - count_flops(lambda: state.roll_out(work.updates - 1))
+    return machine | {
+        "token_step_s": step_s,
+        "rollout_s": prompts_s + (work.response_length - 1) * step_s,
+        "learn_s": learn_flops / rate,
+        "score_s": score_flops / rate,
+        "read_bytes_per_step": 4 * (trunk + head),
+    }
+
+
+def multiplied_weights(model: Any) -> tuple[int, int]:
+    """Entries of the trunk's and the head's linear layers, the adapter's included."""
+    linear = {
+        name: module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    head = math.fsum(count for name, count in linear.items() if name.endswith("lm_head"))
+    return int(sum(linear.values()) - head), int(head)
+
+
+if __name__ == "__main__":
+    main()
