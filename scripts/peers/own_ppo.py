@@ -7,12 +7,11 @@ import math
 import time
 from typing import Any
 
-import accelerate  # noqa: F401  # imported before memory is read, as a case does
 import torch
-import transformers  # noqa: F401
+from machine import time_machine
 from work import Memory, PPOWork, read_arguments
 
-from peftbench import adapters, models, ppo_training
+from peftbench import adapters, models, pipeline, ppo_training
 from peftbench.case import Settings
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.measuring.flops import count_flops
@@ -27,6 +26,7 @@ def main() -> None:
     values, outcome_file = read_arguments()
     work = PPOWork(**values)
     torch.set_num_threads(work.threads)
+    pipeline.import_libraries(Settings())
     memory = Memory()
     runs = [train(work, seed, memory) for seed in work.seeds]
     outcome_file.write_text(json.dumps({"runs": runs, "peak_growth_bytes": memory.peak_growth_bytes}))
@@ -95,32 +95,6 @@ def build_roles(model: Any, plain: Any, settings: Settings, counted: int | None)
 def task_of(work: PPOWork) -> TokenTask:
     rows = tuple(TokenPair(tuple(p), tuple(p), tuple(p)) for p in work.prompts)
     return TokenTask("peers", "", rows, (), (), (), 0, None, 0, 0)
-
-
-def time_machine() -> dict[str, float]:
-    """What memory and multiplier give at best right now: the fastest of several repeats.
-
-    read_bytes_per_s: a sum over 1 GiB, beyond any cache, and a matrix-vector product, whichever
-    reads faster; matmul_flops_per_s: float32 products of 1024 and 2048 rows.
-    """
-    big = torch.ones(2**28)
-    matrix, vector = big.view(2**14, 2**14), torch.ones(2**14)
-    read_s = min(fastest_s(big.sum), fastest_s(lambda: torch.mv(matrix, vector)))
-    flops_per_s = 0.0
-    for n in (1024, 2048):
-        a, out = torch.ones(n, n), torch.empty(n, n)
-        seconds = fastest_s(lambda a=a, out=out: torch.mm(a, a, out=out))
-        flops_per_s = max(flops_per_s, 2 * n**3 / seconds)
-    return {"read_bytes_per_s": big.nbytes / read_s, "matmul_flops_per_s": flops_per_s}
-
-
-def fastest_s(work: Any) -> float:
-    seconds = []
-    for _ in range(6):
-        started_s = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started_s)
-    return min(seconds[1:])
 
 
 def floors(state: ppo_training.PPO, work: PPOWork, machine: dict[str, float]) -> dict[str, float]:
