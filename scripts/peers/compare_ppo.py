@@ -1,4 +1,4 @@
-"""PPO against TRL 1.12, the last with a PPO: time, memory and floors, and the toy reward's curve."""
+"""PPO against TRL 1.12, the last with a PPO: time, memory, floors, and the toy reward's curve."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def folder_of(model: str) -> str:
 
 def token_prompts(model: str, count: int, length: int) -> list[list[int]]:
     """Windows of held-out text, one after the other: no padding, no two alike."""
-    settings = Settings(data=corpus_of(model), pairs=4, eval_pairs=4, eval_tokens=4 * count * length)
+    settings = Settings(
+        data=corpus_of(model), pairs=4, eval_pairs=4, eval_tokens=4 * count * length
+    )
     task = load_task(settings, models.load_tokenizer(model, "pretrained"), 0)
     ids = list(task.test_tokens[: count * length])
     if len(ids) < count * length:

@@ -1,4 +1,4 @@
-"""peftbench's side of the SFT, DPO and ORPO comparison: `training.train`, the loop of every case."""
+"""peftbench's side of the SFT, DPO and ORPO comparison: `training.train`, every case's loop."""
 
 from __future__ import annotations
 

@@ -29,7 +29,9 @@ def main() -> None:
     pipeline.import_libraries(Settings())
     memory = Memory()
     runs = [train(work, seed, memory) for seed in work.seeds]
-    outcome_file.write_text(json.dumps({"runs": runs, "peak_growth_bytes": memory.peak_growth_bytes}))
+    outcome_file.write_text(
+        json.dumps({"runs": runs, "peak_growth_bytes": memory.peak_growth_bytes})
+    )
 
 
 def settings_of(work: PPOWork, seed: int) -> Settings:

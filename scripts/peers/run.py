@@ -3,7 +3,7 @@
     python scripts/peers/run.py ppo functions curve --trl-1.12 .venv-peers-trl-1.12/bin/python
 
 Parts: `ppo` (time, memory and floors on the real model), `functions` (the arithmetic on the same
-tensors), `curve` (the toy reward on a tiny model), `pairs` (SFT, DPO and ORPO against TRL 1.16).
+tensors), `curve` (the toy reward on a tiny model), `pairs-...` (SFT, DPO, ORPO against TRL 1.16).
 Each part prints a table and its goals and writes results/peers/<part>.json and .txt. A goal that is
 missed does not fail the command: the table says so.
 """
@@ -25,12 +25,15 @@ from sides import run_side
 from peftbench import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("ppo", "functions", "curve", "pairs")
+PARTS = ("ppo", "functions", "curve", *compare_pairs.GROUPS)
 
 
 def library_versions(python: Path) -> dict[str, str]:
     """What the peer's environment holds."""
-    code = "import json; from peftbench import provenance as p; print(json.dumps(p.library_versions()))"
+    code = (
+        "import json; from peftbench import provenance; "
+        "print(json.dumps(provenance.library_versions()))"
+    )
     found = subprocess.run(
         [python, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
@@ -48,7 +51,7 @@ def functions(python: Path, sizes: str) -> tuple[dict[str, Any], str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="+", choices=PARTS)
+    parser.add_argument("parts", nargs="+", choices=("all", *PARTS))
     parser.add_argument("--trl-1.12", dest="trl_ppo", type=Path, required=True)
     parser.add_argument("--sizes", choices=("full", "smoke"), default="full")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "peers")
@@ -57,14 +60,17 @@ def main() -> int:
         "ppo": compare_ppo.measure,
         "curve": compare_ppo.curve,
         "functions": functions,
-        "pairs": compare_pairs.measure,
     }
     asked.results.mkdir(parents=True, exist_ok=True)
     where = provenance.describe()
     commit = f"{where['commit']}{' (changed)' if where['commit_dirty'] else ''}"
-    for part in asked.parts:
-        numbers, text = run[part](asked.trl_ppo.absolute(), asked.sizes)
-        peer = where["libraries"] if part == "pairs" else library_versions(asked.trl_ppo.absolute())
+    for part in PARTS if "all" in asked.parts else asked.parts:
+        if part in compare_pairs.GROUPS:
+            numbers, text = compare_pairs.measure(part, asked.sizes)
+            peer = where["libraries"]
+        else:
+            numbers, text = run[part](asked.trl_ppo.absolute(), asked.sizes)
+            peer = library_versions(asked.trl_ppo.absolute())
         versions = ", ".join(f"{n} {peer[n]}" for n in ("torch", "transformers", "peft", "trl"))
         text += f"\n{where['cpu']}, {where['cpu_cores']} cores; the peer: {versions}; {commit}\n"
         print(text, flush=True)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 import time
@@ -34,9 +35,7 @@ class Clock(TrainerCallback):
 def main() -> None:
     values, outcome_file = read_arguments()
     work = PairsWork(**values)
-    settings = replace(
-        settings_of(work), engine="trl", gradient_checkpointing=work.trl_defaults
-    )
+    settings = replace(settings_of(work), engine="trl", gradient_checkpointing=work.trl_defaults)
     torch.set_num_threads(work.threads)
     pipeline.import_libraries(settings)
     trl_engine._import_trainer(work.method)
@@ -60,7 +59,7 @@ def main() -> None:
         trainer.train()
         memory.stop()
     outcome = {
-        "step_s": [b - a for a, b in zip(clock.marks, clock.marks[1:], strict=False)],
+        "step_s": [b - a for a, b in itertools.pairwise(clock.marks)],
         "reference_s": reference_s if work.method == "dpo" else 0.0,
         "losses": [float(loss) for loss in losses],
         "peak_growth_bytes": memory.peak_growth_bytes,

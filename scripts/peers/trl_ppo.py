@@ -8,6 +8,7 @@ with `peft_config`, whose base is the reference; the reward model is a full copy
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import tempfile
 import time
@@ -40,7 +41,9 @@ def main() -> None:
     torch.set_num_threads(work.threads)
     memory = Memory()
     runs = [train(work, seed, memory) for seed in work.seeds]
-    outcome_file.write_text(json.dumps({"runs": runs, "peak_growth_bytes": memory.peak_growth_bytes}))
+    outcome_file.write_text(
+        json.dumps({"runs": runs, "peak_growth_bytes": memory.peak_growth_bytes})
+    )
 
 
 class ToyReward(torch.nn.Module):
@@ -126,7 +129,7 @@ def train(work: PPOWork, seed: int, memory: Memory) -> dict[str, Any]:
         raise RuntimeError(f"responses have {set(clock.responses)} tokens")
     ends = clock.marks[::3]
     return {
-        "update_s": [b - a for a, b in zip(ends, ends[1:], strict=False)],
+        "update_s": [b - a for a, b in itertools.pairwise(ends)],
         "rollout_s": clock.parts_s(0),
         "score_s": clock.parts_s(1),
         "learn_s": clock.parts_s(2),
