@@ -20,32 +20,33 @@ OWN = Path(sys.executable)
 GOALS = {"sft": 1.5, "dpo": 2.2, "orpo": 1.4}
 LONG_GOAL = 2.5  # prompts of 256 tokens, which chosen and rejected share
 LOSS_LIMITS = {"float32": 1e-3, "bfloat16": 3e-2}
-STEPS = 5  # the first is not timed
+STEPS = 4  # the first is not timed
 
-# (model, dtype, batch size, prompt, completion, methods) of each part
-GROUPS: dict[str, list[tuple[str, str, int, int, int, tuple[str, ...]]]] = {
-    "pairs-float32": [(REAL, "float32", 4, 64, 64, ("sft", "dpo", "orpo"))],
-    "pairs-bfloat16": [(REAL, "bfloat16", 4, 64, 64, ("sft", "dpo", "orpo"))],
-    "pairs-batch1": [
-        (REAL, "float32", 1, 64, 64, ("sft", "dpo", "orpo")),
-        (REAL, "bfloat16", 1, 64, 64, ("sft", "dpo", "orpo")),
-    ],
-    "pairs-long": [(REAL, "float32", 4, 256, 64, ("dpo", "orpo"))],
-    "pairs-gpt2": [("gpt-2", "float32", 4, 64, 64, ("sft", "dpo", "orpo"))],
+METHODS = ("sft", "dpo", "orpo")
+
+# (model, dtype, batch size, prompt, completion, methods) of each part: some three minutes each
+Shape = tuple[str, str, int, int, int, tuple[str, ...]]
+GROUPS: dict[str, Shape] = {
+    f"pairs-{method}-{dtype}": (REAL, dtype, 4, 64, 64, (method,))
+    for dtype in LOSS_LIMITS
+    for method in METHODS
 }
+GROUPS |= {f"pairs-batch1-{dtype}": (REAL, dtype, 1, 64, 64, METHODS) for dtype in LOSS_LIMITS}
+GROUPS |= {f"pairs-long-{m}": (REAL, "float32", 4, 256, 64, (m,)) for m in ("dpo", "orpo")}
+GROUPS |= {f"pairs-gpt2-{m}": ("gpt-2", "float32", 4, 64, 64, (m,)) for m in METHODS}
 
 
 def measure(group: str, sizes: str) -> tuple[dict[str, Any], str]:
     """All methods of a group, ours and TRL's one after the other."""
     rows, goals, lines = [], [], []
-    for model, dtype, batch, prompt, completion, methods in GROUPS[group]:
-        base = work_of(model, dtype, batch, prompt, completion)
-        for method in methods:
-            print(f"{method} in {dtype}, batch {batch} ...", file=sys.stderr, flush=True)
-            found = sides_of(replace(base, method=method), sizes)
-            rows.append({"work": described(replace(base, method=method)), "sides": found})
-            goals += goals_of(method, base, prompt, found)
-            lines.append(line_of(method, base, prompt, completion, found))
+    model, dtype, batch, prompt, completion, methods = GROUPS[group]
+    base = work_of(model, dtype, batch, prompt, completion)
+    for method in methods:
+        print(f"{method} in {dtype}, batch {batch} ...", file=sys.stderr, flush=True)
+        found = sides_of(replace(base, method=method), sizes)
+        rows.append({"work": described(replace(base, method=method)), "sides": found})
+        goals += goals_of(method, base, prompt, found)
+        lines.append(line_of(method, base, prompt, completion, found))
     header = [
         "", "peftbench s/step", "TRL 1.16", "ratio", "TRL, its defaults", "method s",
         "TRL's", "floor", "of floor", "peak MiB", "TRL's", "largest loss difference",
@@ -84,16 +85,12 @@ def described(work: PairsWork) -> dict[str, Any]:
 
 def sides_of(work: PairsWork, sizes: str) -> dict[str, Any]:
     """Ours, TRL's on equal work, TRL's with its own defaults; of DPO also a precomputed one."""
-    asked = {
-        "peftbench": ("own_pairs.py", work),
-        "trl": ("trl_pairs.py", work),
-        "trl defaults": ("trl_pairs.py", replace(work, trl_defaults=True)),
-    }
+    asked = {"peftbench": ("own_pairs.py", work), "trl": ("trl_pairs.py", work)}
+    if work.batch_size > 1 and work.weights == "pretrained" and sizes == "full":
+        asked["trl defaults"] = ("trl_pairs.py", replace(work, trl_defaults=True))
     if work.method == "dpo":
         precomputed = replace(work, precomputed_reference=True)
         asked["trl precomputed"] = ("trl_pairs.py", precomputed)
-    if sizes == "smoke":
-        del asked["trl defaults"]
     return {name: run_side(OWN, script, asdict(given)) for name, (script, given) in asked.items()}
 
 
