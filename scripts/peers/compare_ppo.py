@@ -136,13 +136,15 @@ def text_of(work: PPOWork, found: dict[str, Any], goals: list[Goal]) -> str:
         rows.append([
             name, *(f"{part:.2f}" for part in parts), f"{max(run['update_s'][1:]):.2f}",
             f"{found[name]['peak_growth_bytes'] / MIB:,.0f}", f"{run['trainable_params']:,}",
+            f"{found[name]['other_cpu_ratio']:.0%}",
         ])  # fmt: skip
     floor = found[HEAD]["runs"][0]["floor"]
     rows.append(["floor, value=head", "", *(f"{floor[k]:.2f}" for k in
-                ("rollout_s", "score_s", "learn_s")), "", "", ""])  # fmt: skip
+                ("rollout_s", "score_s", "learn_s")), "", "", "", ""])  # fmt: skip
     rows.append([DPO, "", "", "", "", "", f"{found[DPO]['peak_growth_bytes'] / MIB:,.0f}",
-                 f"{found[DPO]['trainable_params']:,}"])  # fmt: skip
-    header = ["", "update s", "rollout", "score", "learn", "slowest", "peak MiB", "trainable"]
+                 f"{found[DPO]['trainable_params']:,}", ""])  # fmt: skip
+    header = ["", "update s", "rollout", "score", "learn", "slowest", "peak MiB", "trainable",
+              "others' CPU"]  # fmt: skip
     lines = [
         f"PPO on {work.model}: {work.batch_size} prompts x ({len(work.prompts[0])} +"
         f" {work.response_length}) tokens, LoRA r={work.rank} on q and v, {work.epochs} epochs,"

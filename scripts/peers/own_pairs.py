@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from machine import time_machine
-from work import Memory, PairsWork, read_arguments
+from work import Meter, PairsWork, read_arguments
 
 from peftbench import adapters, models, pipeline, training
 from peftbench.batches import collate
@@ -22,8 +22,8 @@ from peftbench.methods import METHODS
 class Clock:
     """Where the reference begins and ends; the steps time themselves."""
 
-    def __init__(self, memory: Memory) -> None:
-        self.memory = memory
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
         self.reference_s = 0.0
 
     def stage(self, name: str) -> None:
@@ -40,7 +40,7 @@ class Clock:
         pass
 
     def trained(self) -> None:
-        self.memory.stop()
+        self.meter.stop()
 
 
 def settings_of(work: PairsWork) -> Settings:
@@ -71,18 +71,18 @@ def main() -> None:
     settings = settings_of(work)
     torch.set_num_threads(work.threads)
     pipeline.import_libraries(settings)
-    memory = Memory()
+    meter = Meter()
     torch.manual_seed(work.seed)
     model = load(work, settings)
     reference = adapters.adapter_off(model) if work.method == "dpo" else nullcontext()
-    clock = Clock(memory)
-    memory.start()
+    clock = Clock(meter)
+    meter.start()
     found = training.train(model, task_of(work), settings, work.method, clock, reference)
     outcome = {
         "step_s": found.step_s,
         "reference_s": clock.reference_s,
         "losses": found.losses,
-        "peak_growth_bytes": memory.peak_growth_bytes,
+        **meter.outcome(),
         "trainable_params": adapters.count_params(model)[1],
         **floor(model, work, settings),
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from machine import time_machine
-from work import Memory, PPOWork, read_arguments
+from work import Meter, PPOWork, read_arguments
 
 from peftbench import adapters, models, pipeline, ppo_training
 from peftbench.case import Settings
@@ -27,11 +27,9 @@ def main() -> None:
     work = PPOWork(**values)
     torch.set_num_threads(work.threads)
     pipeline.import_libraries(Settings())
-    memory = Memory()
-    runs = [train(work, seed, memory) for seed in work.seeds]
-    outcome_file.write_text(
-        json.dumps({"runs": runs, "peak_growth_bytes": memory.peak_growth_bytes})
-    )
+    meter = Meter()
+    runs = [train(work, seed, meter) for seed in work.seeds]
+    outcome_file.write_text(json.dumps({"runs": runs, **meter.outcome()}))
 
 
 def settings_of(work: PPOWork, seed: int) -> Settings:
@@ -49,7 +47,7 @@ def settings_of(work: PPOWork, seed: int) -> Settings:
     )  # fmt: skip
 
 
-def train(work: PPOWork, seed: int, memory: Memory) -> dict[str, Any]:
+def train(work: PPOWork, seed: int, meter: Meter) -> dict[str, Any]:
     torch.manual_seed(seed)
     settings = settings_of(work, seed)
     model = models.load_model(
@@ -61,13 +59,13 @@ def train(work: PPOWork, seed: int, memory: Memory) -> dict[str, Any]:
     model = adapters.attach(model, "lora", settings)
     roles = build_roles(model, plain, settings, work.counted_token)
     state = ppo_training.PPO(model.train(), roles, task_of(work), settings, NO_EOS)
-    memory.start()
+    meter.start()
     update_s = []
     for index in range(work.updates):
         started_s = time.perf_counter()
         state.update(index)
         update_s.append(time.perf_counter() - started_s)
-    memory.stop()
+    meter.stop()
     rows = state.history
     return {
         "update_s": update_s,

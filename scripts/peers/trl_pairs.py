@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from own_pairs import load, settings_of, task_of
 from transformers import TrainerCallback
-from work import Memory, PairsWork, read_arguments
+from work import Meter, PairsWork, read_arguments
 
 from peftbench import adapters, pipeline, trl_engine
 
@@ -39,7 +39,7 @@ def main() -> None:
     torch.set_num_threads(work.threads)
     pipeline.import_libraries(settings)
     trl_engine._import_trainer(work.method)
-    memory = Memory()
+    meter = Meter()
     torch.manual_seed(work.seed)
     model = load(work, settings)
     losses: list[torch.Tensor] = []
@@ -49,7 +49,7 @@ def main() -> None:
             model, task_of(work), settings, work.method, folder, losses
         )
         trainer.add_callback(clock)
-        memory.start()
+        meter.start()
         started_s = time.perf_counter()
         if work.method == "dpo" and work.precomputed_reference:
             trl_engine.add_reference(trainer, settings, adapters.adapter_off(model))
@@ -57,12 +57,12 @@ def main() -> None:
             trainer.precompute_ref_logps = False  # the adapter off, inside every step
         reference_s = time.perf_counter() - started_s
         trainer.train()
-        memory.stop()
+        meter.stop()
     outcome = {
         "step_s": [b - a for a, b in itertools.pairwise(clock.marks)],
         "reference_s": reference_s if work.method == "dpo" else 0.0,
         "losses": [float(loss) for loss in losses],
-        "peak_growth_bytes": memory.peak_growth_bytes,
+        **meter.outcome(),
         "trainable_params": adapters.count_params(model)[1],
     }
     outcome_file.write_text(json.dumps(outcome))

@@ -28,7 +28,7 @@ from transformers import (
     PrinterCallback,
     TrainerCallback,
 )
-from work import Memory, PPOWork, read_arguments
+from work import Meter, PPOWork, read_arguments
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -39,11 +39,9 @@ def main() -> None:
     values, outcome_file = read_arguments()
     work = PPOWork(**values)
     torch.set_num_threads(work.threads)
-    memory = Memory()
-    runs = [train(work, seed, memory) for seed in work.seeds]
-    outcome_file.write_text(
-        json.dumps({"runs": runs, "peak_growth_bytes": memory.peak_growth_bytes})
-    )
+    meter = Meter()
+    runs = [train(work, seed, meter) for seed in work.seeds]
+    outcome_file.write_text(json.dumps({"runs": runs, **meter.outcome()}))
 
 
 class ToyReward(torch.nn.Module):
@@ -115,16 +113,16 @@ class Clock(TrainerCallback):
         return kept["batch_generation"], kept["masked_whiten"]
 
 
-def train(work: PPOWork, seed: int, memory: Memory) -> dict[str, Any]:
+def train(work: PPOWork, seed: int, meter: Meter) -> dict[str, Any]:
     torch.manual_seed(seed)
     clock = Clock()
     clock.watch(ppo_trainer)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(work, seed, folder, clock)
         gc.collect()
-        memory.start()
+        meter.start()
         trainer.train()
-        memory.stop()
+        meter.stop()
     if set(clock.responses) != {work.response_length}:
         raise RuntimeError(f"responses have {set(clock.responses)} tokens")
     ends = clock.marks[::3]

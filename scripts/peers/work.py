@@ -7,8 +7,10 @@ environment of its own, so nothing but these files is shared.
 from __future__ import annotations
 
 import json
+import os
 import sys
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,28 +59,40 @@ class PairsWork:
     seed: int
 
 
-def write(file: Path, work: PPOWork | PairsWork) -> None:
-    file.write_text(json.dumps(asdict(work)))
-
-
 def read_arguments() -> tuple[dict[str, Any], Path]:
     """(the work's values, where the outcome goes) of a side's command line."""
     return json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 
 
-class Memory:
-    """Resident memory of this process. Made after the imports, whose memory is not the work's."""
+class Meter:
+    """Resident memory of this process, and the CPU time that others took while it worked.
+
+    Made after the imports, whose memory is not the work's.
+    """
 
     def __init__(self) -> None:
         self.imported_bytes = host.rss_bytes()
-        self.peak_growth_bytes: int | None = None
+        self.readings: list[dict[str, float | None]] = []
 
     def start(self) -> None:
         """The work's clock starts: peaks of loading and building are not its."""
         self.unavailable = host.reset_peak()
+        self.cpu, self.started_s = host.cpu_times(), time.perf_counter()
 
     def stop(self) -> None:
-        """The work has ended."""
-        peak = host.peak_rss_bytes()
+        """The work has ended. The ratio is over the time of all cores."""
+        peak, growth = host.peak_rss_bytes(), None
         if self.unavailable is None and peak is not None and self.imported_bytes is not None:
-            self.peak_growth_bytes = peak - self.imported_bytes
+            growth = peak - self.imported_bytes
+        seconds = (time.perf_counter() - self.started_s) * (os.cpu_count() or 1)
+        cpu = host.cpu_times()
+        other_s = host.other_cpu_s(self.cpu, cpu)
+        self.readings.append({
+            "peak_growth_bytes": growth,
+            "other_cpu_ratio": None if other_s is None else other_s / seconds,
+            "own_cpu_s": None if cpu is None or self.cpu is None else cpu.own_s - self.cpu.own_s,
+        })  # fmt: skip
+
+    def outcome(self) -> dict[str, float | None]:
+        """Of the first training: what later ones in the process take is not theirs alone."""
+        return self.readings[0]
