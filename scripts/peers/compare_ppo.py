@@ -185,7 +185,7 @@ def curve(trl_python: Path, sizes: str) -> tuple[dict[str, Any], str]:
 
 
 def curve_work(sizes: str) -> PPOWork:
-    updates, seeds = (40, [0, 1, 2, 3]) if sizes == "full" else (10, [0, 1])
+    updates, seeds = (30, [0, 1, 2]) if sizes == "full" else (10, [0, 1])
     prompts = token_prompts(TINY, updates * 16, 16)
     return PPOWork(
         model=TINY, folder=folder_of(TINY), prompts=prompts,

@@ -110,13 +110,12 @@ def floors(state: ppo_training.PPO, work: PPOWork, machine: dict[str, float]) ->
     rate = machine["matmul_flops_per_s"]
     step_s = read_s + 2 * rows * (trunk + head) / rate
     prompts_s = read_s + 2 * rows * (trunk * prompt + head) / rate
-    experience, _ = state.score(work.updates - 1, state.roll_out(work.updates - 1))
-    state.optimizer.zero_grad(set_to_none=True)
+    last = work.updates - 1
+    sampled = state.roll_out(last)
+    experience, _ = state.score(last, sampled)
+    score_flops = count_flops(lambda: state.score(last, sampled))
     order = list(range(rows))
     learn_flops = work.epochs * count_flops(lambda: state.minibatch(experience, order, []))
-    score_flops = count_flops(
-        lambda: state.score(work.updates - 1, state.roll_out(work.updates - 1))
-    ) - count_flops(lambda: state.roll_out(work.updates - 1))
     return machine | {
         "token_step_s": step_s,
         "rollout_s": prompts_s + (work.response_length - 1) * step_s,
