@@ -29,7 +29,9 @@ def main() -> None:
     pipeline.import_libraries(Settings())
     meter = Meter()
     runs = [train(work, seed, meter) for seed in work.seeds]
-    outcome_file.write_text(json.dumps({"runs": runs, **meter.outcome()}))
+    outcome_file.write_text(
+        json.dumps({"runs": runs, **meter.outcome(), "machine": time_machine()})
+    )
 
 
 def settings_of(work: PPOWork, seed: int) -> Settings:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from machine import time_machine
 from peft import LoraConfig, inject_adapter_in_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -41,7 +42,9 @@ def main() -> None:
     torch.set_num_threads(work.threads)
     meter = Meter()
     runs = [train(work, seed, meter) for seed in work.seeds]
-    outcome_file.write_text(json.dumps({"runs": runs, **meter.outcome()}))
+    outcome_file.write_text(
+        json.dumps({"runs": runs, **meter.outcome(), "machine": time_machine()})
+    )
 
 
 class ToyReward(torch.nn.Module):
