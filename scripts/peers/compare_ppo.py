@@ -137,14 +137,16 @@ def text_of(work: PPOWork, found: dict[str, Any], goals: list[Goal]) -> str:
             name, *(f"{part:.2f}" for part in parts), f"{max(run['update_s'][1:]):.2f}",
             f"{found[name]['peak_growth_bytes'] / MIB:,.0f}", f"{run['trainable_params']:,}",
             f"{found[name]['other_cpu_ratio']:.0%}",
+            f"{found[name]['machine']['matmul_flops_per_s'] / 1e9:.0f}",
+            f"{found[name]['machine']['read_bytes_per_s'] / 1e9:.0f}",
         ])  # fmt: skip
     floor = found[HEAD]["runs"][0]["floor"]
     rows.append(["floor, value=head", "", *(f"{floor[k]:.2f}" for k in
-                ("rollout_s", "score_s", "learn_s")), "", "", "", ""])  # fmt: skip
+                ("rollout_s", "score_s", "learn_s")), *[""] * 6])  # fmt: skip
     rows.append([DPO, "", "", "", "", "", f"{found[DPO]['peak_growth_bytes'] / MIB:,.0f}",
-                 f"{found[DPO]['trainable_params']:,}", ""])  # fmt: skip
+                 f"{found[DPO]['trainable_params']:,}", *[""] * 3])  # fmt: skip
     header = ["", "update s", "rollout", "score", "learn", "slowest", "peak MiB", "trainable",
-              "others' CPU"]  # fmt: skip
+              "others' CPU", "GFLOP/s", "GB/s"]  # fmt: skip
     lines = [
         f"PPO on {work.model}: {work.batch_size} prompts x ({len(work.prompts[0])} +"
         f" {work.response_length}) tokens, LoRA r={work.rank} on q and v, {work.epochs} epochs,"
