@@ -1,10 +1,9 @@
-"""peftbench's side of the PPO comparison: `PPO.update`, the loop that a case runs."""
+"""peftbench's side of the PPO comparison: `ppo_training.train`, the loop of every case."""
 
 from __future__ import annotations
 
 import json
 import math
-import time
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from peftbench.measuring.flops import count_flops
 from peftbench.methods.reward import token_share
 from peftbench.ppo_roles import Roles, build_value
 from peftbench.reward_model import ScalarModel
+from peftbench.training import SilentGate
 
 NO_EOS = -1  # an id that nobody draws: every response has its full length
 
@@ -60,26 +60,32 @@ def train(work: PPOWork, seed: int, meter: Meter) -> dict[str, Any]:
     plain = adapters.shared_copy(model)
     model = adapters.attach(model, "lora", settings)
     roles = build_roles(model, plain, settings, work.counted_token)
-    state = ppo_training.PPO(model.train(), roles, task_of(work), settings, NO_EOS)
     meter.start()
-    update_s = []
-    for index in range(work.updates):
-        started_s = time.perf_counter()
-        state.update(index)
-        update_s.append(time.perf_counter() - started_s)
+    found = ppo_training.train(model, roles, task_of(work), settings, NO_EOS, SilentGate())
     meter.stop()
-    rows = state.history
+    assert found.ppo is not None
+    rows = found.ppo.history
+    if any(row["response_tokens"] != work.response_length for row in rows):
+        raise RuntimeError("a response has not its full length")
+    parts = [[row[k] for k in ("rollout_s", "score_s", "update_s")] for row in rows]
     return {
-        "update_s": update_s,
+        "update_s": [math.fsum(part) for part in parts],
         "rollout_s": [row["rollout_s"] for row in rows],
         "score_s": [row["score_s"] for row in rows],
         "learn_s": [row["update_s"] for row in rows],
         "response_tokens": [row["response_tokens"] for row in rows],
         "reward_mean": [row["reward_mean"] for row in rows],
         "kl_k1": [row["kl_k1"] for row in rows],
-        "trainable_params": sum(p.numel() for p in state.parameters),
-        "floor": floors(state, work, time_machine()) if work.counted_token is None else None,
+        "trainable_params": sum(p.numel() for p in trained_parameters(model, roles)),
+        "floor": None if work.counted_token is not None else floors(model, roles, work, settings),
     }
+
+
+def trained_parameters(model: Any, roles: Roles) -> list[torch.nn.Parameter]:
+    """The policy's and the value's."""
+    value = roles.value_model or roles.value_head
+    assert value is not None
+    return [p for module in (model, value) for p in module.parameters() if p.requires_grad]
 
 
 def build_roles(model: Any, plain: Any, settings: Settings, counted: int | None) -> Roles:
@@ -99,14 +105,16 @@ def task_of(work: PPOWork) -> TokenTask:
     return TokenTask("peers", "", rows, (), (), (), 0, None, 0, 0)
 
 
-def floors(state: ppo_training.PPO, work: PPOWork, machine: dict[str, float]) -> dict[str, float]:
+def floors(model: Any, roles: Roles, work: PPOWork, settings: Settings) -> dict[str, float]:
     """What reading and multiplying alone take of a rollout, and multiplying of an update.
 
     Rollout: the prompts in one pass, whose head runs on the last column, then a pass a token; a
     pass takes the bytes of all weights that it multiplies by, over the read rate, plus its
     operations over the matmul rate. Update: the counted operations over the matmul rate.
     """
-    trunk, head = multiplied_weights(state.model)
+    machine = time_machine()
+    state = ppo_training.PPO(model, roles, task_of(work), settings, NO_EOS)
+    trunk, head = multiplied_weights(model)
     rows, prompt = work.batch_size, len(work.prompts[0])
     read_s = 4 * (trunk + head) / machine["read_bytes_per_s"]
     rate = machine["matmul_flops_per_s"]
