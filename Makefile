@@ -71,4 +71,4 @@ glossary: install
 	$(BIN)/python scripts/glossary.py README.md
 
 clean:
-	rm -rf $(VENV) output .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(PEERS_VENV) output .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -38,7 +38,9 @@ GROUPS |= {f"pairs-gpt2-{m}": ("gpt-2", "float32", 4, 64, 64, (m,)) for m in MET
 
 def measure(group: str, sizes: str) -> tuple[dict[str, Any], str]:
     """All methods of a group, ours and TRL's one after the other."""
-    rows, goals, lines = [], [], []
+    rows: list[dict[str, Any]] = []
+    goals: list[Goal] = []
+    lines: list[list[str]] = []
     model, dtype, batch, prompt, completion, methods = GROUPS[group]
     base = work_of(model, dtype, batch, prompt, completion)
     for method in methods:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +66,7 @@ def train(work: PPOWork, seed: int, meter: Meter) -> dict[str, Any]:
     found = ppo_training.train(model, roles, task_of(work), settings, NO_EOS, SilentGate())
     meter.stop()
     assert found.ppo is not None
-    rows = found.ppo.history
+    rows: list[dict[str, Any]] = list(found.ppo.history)
     if any(row["response_tokens"] != work.response_length for row in rows):
         raise RuntimeError("a response has not its full length")
     parts = [[row[k] for k in ("rollout_s", "score_s", "update_s")] for row in rows]
@@ -90,14 +92,17 @@ def trained_parameters(model: Any, roles: Roles) -> list[torch.nn.Parameter]:
 
 def build_roles(model: Any, plain: Any, settings: Settings, counted: int | None) -> Roles:
     """As `prepare_roles`, but the reward model is left as it starts: its scores cost the same."""
-    reward_model, reward = None, None
+    reward_model = None
     if counted is None:
         reward_model = ScalarModel(adapters.shared_copy(plain), settings)
         reward_model.requires_grad_(False).eval()
-    else:
-        reward = lambda _, rows: torch.tensor([token_share(row, counted) for row in rows])  # noqa: E731
     head, value_model = build_value(model, plain, reward_model, settings)
+    reward = None if counted is None else partial(toy_reward, counted)
     return Roles(plain, reward_model, reward, head, value_model, 0)
+
+
+def toy_reward(counted: int, _: Any, completions: Sequence[Sequence[int]]) -> torch.Tensor:
+    return torch.tensor([token_share(row, counted) for row in completions])
 
 
 def task_of(work: PPOWork) -> TokenTask:

@@ -59,9 +59,9 @@ def main() -> None:
         whitening_of(noise(), mask),
         *losses_of(old, new, noise(), values, new_values, noise(), mask),
     ]
-    for row in rows:
-        if not row["difference"] < 1e-6:
-            raise RuntimeError(f"{row['name']}: largest difference {row['difference']}")
+    for found in rows:
+        if not found["difference"] < 1e-6:
+            raise RuntimeError(f"{found['name']}: largest difference {found['difference']}")
     outcome_file.write_text(json.dumps({"rows": rows}))
 
 

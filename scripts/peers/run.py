@@ -50,7 +50,7 @@ def functions(python: Path, sizes: str) -> tuple[dict[str, Any], str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="+", choices=("all", *PARTS))
     parser.add_argument("--trl-1.12", dest="trl_ppo", type=Path, required=True)
     parser.add_argument("--sizes", choices=("full", "smoke"), default="full")

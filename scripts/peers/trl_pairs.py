@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import tempfile
@@ -19,7 +20,7 @@ from work import Meter, PairsWork, read_arguments
 from peftbench import adapters, pipeline, trl_engine
 
 
-class Clock(TrainerCallback):
+class Clock(TrainerCallback):  # type: ignore[misc]
     """A step ends where the next begins: collating its batch is part of it."""
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ def main() -> None:
     settings = replace(settings_of(work), engine="trl", gradient_checkpointing=work.trl_defaults)
     torch.set_num_threads(work.threads)
     pipeline.import_libraries(settings)
-    trl_engine._import_trainer(work.method)
+    importlib.import_module("trl.experimental.orpo")
     meter = Meter()
     torch.manual_seed(work.seed)
     model = load(work, settings)

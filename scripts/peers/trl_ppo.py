@@ -35,6 +35,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
+GENERATION, WHITEN = ppo_trainer.batch_generation, ppo_trainer.masked_whiten  # TRL's own
+
 
 def main() -> None:
     values, outcome_file = read_arguments()
@@ -64,7 +66,7 @@ class ToyReward(torch.nn.Module):
         return SimpleNamespace(hidden_states=[(found.cumsum(-1) / length).unsqueeze(-1)])
 
 
-class Clock(TrainerCallback):
+class Clock(TrainerCallback):  # type: ignore[misc]
     """Where an update's parts end: at the names that TRL's loop looks up, which cost nothing.
 
     Rollout: until its generation returns. Score: until it whitens the advantages, once an update.
@@ -91,35 +93,27 @@ class Clock(TrainerCallback):
         ends = self.marks[1:]
         return [end - self.marks[i] for i, end in enumerate(ends) if i % 3 == part]
 
-    def watch(self, trainer_module: Any) -> None:
-        generation, whiten = self.originals(trainer_module)
+    def watch(self) -> None:
+        """Put this clock into TRL's module, in the place of an earlier training's."""
 
-        def timed_generation(model: Any, queries: torch.Tensor, *rest: Any) -> Any:
-            found = generation(model, queries, *rest)
+        def generation(model: Any, queries: torch.Tensor, *rest: Any) -> Any:
+            found = GENERATION(model, queries, *rest)
             self.mark()
             self.responses.append(found[0].shape[1] - queries.shape[1])
             return found
 
-        def timed_whiten(*arguments: Any, **options: Any) -> Any:
-            found = whiten(*arguments, **options)
+        def whiten(*arguments: Any, **options: Any) -> Any:
+            found = WHITEN(*arguments, **options)
             self.mark()
             return found
 
-        trainer_module.batch_generation = timed_generation
-        trainer_module.masked_whiten = timed_whiten
-
-    @staticmethod
-    def originals(trainer_module: Any, kept: dict[str, Any] = {}) -> tuple[Any, Any]:  # noqa: B006
-        """TRL's own functions, also when an earlier run has put a clock before them."""
-        for name in ("batch_generation", "masked_whiten"):
-            kept.setdefault(name, getattr(trainer_module, name))
-        return kept["batch_generation"], kept["masked_whiten"]
+        ppo_trainer.batch_generation, ppo_trainer.masked_whiten = generation, whiten
 
 
 def train(work: PPOWork, seed: int, meter: Meter) -> dict[str, Any]:
     torch.manual_seed(seed)
     clock = Clock()
-    clock.watch(ppo_trainer)
+    clock.watch()
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(work, seed, folder, clock)
         gc.collect()
