@@ -7,7 +7,7 @@ RUN_JSON ?= output/run.json
 TORCH_INDEX ?=
 ARGS ?=
 
-.PHONY: help install bench test lint verify overhead costs glossary clean
+.PHONY: help install bench test lint verify overhead calibration costs peers glossary clean
 help:
 	@echo "make bench    the quick preset: 34 cases, a few minutes on a CPU -> $(RUN_JSON)"
 	@echo "make test     all tests that need no GPU, and the linters (under 10 minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make overhead what measuring itself costs: the sampler, and what a run spends outside its phases"
 	@echo "make calibration  the comparison's promises on simulated nights (some minutes)"
 	@echo "make costs    write the table of PPO's cost against DPO's and ORPO's into docs/ppo.md"
+	@echo "make peers    side by side with TRL 1.12 (PPO) and 1.16 (an hour) -> results/peers; PARTS=\"ppo\""
 	@echo "make glossary write the METRICS table into README.md"
 
 $(VENV)/.installed: requirements.lock pyproject.toml scripts/before_install.py
@@ -54,8 +55,20 @@ calibration: install
 costs: install
 	$(BIN)/python scripts/costs.py docs/ppo.md results/*/*/*.json
 
+# TRL 1.12, the last with a PPO, needs an environment of its own.
+PEERS_VENV ?= .venv-peers-trl-1.12
+$(PEERS_VENV)/.installed: scripts/peers/requirements-trl-1.12.txt
+	@test -x $(PEERS_VENV)/bin/python || $(PYTHON) -m venv $(PEERS_VENV)
+	@if [ -n "$(TORCH_INDEX)" ]; then $(PEERS_VENV)/bin/python -m pip install \
+	  --index-url "$(TORCH_INDEX)" "$$(grep '^torch==' $<)"; fi
+	$(PEERS_VENV)/bin/python -m pip install --quiet --progress-bar on -r $<
+	@touch $@
+
+peers: install $(PEERS_VENV)/.installed
+	$(BIN)/python scripts/peers/run.py $(PARTS) --trl-1.12 $(PEERS_VENV)/bin/python
+
 glossary: install
 	$(BIN)/python scripts/glossary.py README.md
 
 clean:
-	rm -rf $(VENV) output .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(PEERS_VENV) output .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,65 @@
+"""The comparison scripts: what they conclude from numbers, and our side of PPO's work."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts" / "peers"))
+
+from compare_ppo import TINY, folder_of, token_prompts  # noqa: E402
+from sides import Goal, run_side, steady, table  # noqa: E402
+from work import PPOWork  # noqa: E402
+
+
+def test_a_goal_is_met_on_its_side_of_the_limit():
+    assert Goal("speed", 2.8, 2.8).met
+    assert not Goal("speed", 2.79, 2.8).met
+    assert Goal("memory", 0.4, 0.4, at_most=True).met
+    assert not Goal("memory", 0.41, 0.4, at_most=True).met
+    assert Goal("memory", 0.41, 0.4, at_most=True).line().startswith("MISSED")
+
+
+def test_a_steady_time_leaves_the_first_out():
+    assert steady([9.0, 1.0, 3.0, 2.0]) == 2.0
+
+
+def test_a_table_has_columns_of_one_width():
+    assert table(["", "s"], [["long name", "1.0"], ["b", "10.0"]]).splitlines() == [
+        "              s",
+        "---------  ----",
+        "long name   1.0",
+        "b          10.0",
+    ]
+
+
+def test_the_requirements_pin_every_version():
+    lines = (ROOT / "scripts/peers/requirements-trl-1.12.txt").read_text().split()
+    assert "trl==1.12.0" in lines
+    assert all("==" in line for line in lines)
+
+
+@pytest.mark.verify
+def test_our_side_of_ppo_does_all_the_work_it_is_given():
+    from dataclasses import asdict
+
+    work = PPOWork(
+        model=TINY, folder=folder_of(TINY), prompts=token_prompts(TINY, 8, 6), batch_size=4,
+        micro_batch_size=2, response_length=5, updates=2, epochs=2, threads=1, rank=4, alpha=8,
+        learning_rate=1e-3, kl_coef=0.05, value="adapter", counted_token=None, seeds=[0],
+    )  # fmt: skip
+    found = run_side(Path(sys.executable), "own_ppo.py", asdict(work))
+    (run,) = found["runs"]
+    assert run["response_tokens"] == [5.0, 5.0]
+    # rank x (inputs + outputs) of q and v in 4 layers, for policy and value; a head of 128 + 1
+    assert run["trainable_params"] == 2 * 4 * 2 * 4 * (128 + 128) + 129
+    for total, *parts in zip(
+        run["update_s"], run["rollout_s"], run["score_s"], run["learn_s"], strict=True
+    ):
+        assert sum(parts) == pytest.approx(total, rel=0.02)
+    assert run["floor"]["learn_s"] > 0
+    assert run["floor"]["rollout_s"] > run["floor"]["token_step_s"]
+    assert found["peak_growth_bytes"] > 0
