@@ -21,7 +21,8 @@ from peftbench.compare.text import (
 )
 from peftbench.compare.verdicts import STATUS, VERDICTS, Comparison, Row
 
-OPEN = VERDICTS[: VERDICTS.index("suspect")]  # unfolded: they change the exit code
+OPEN = ("regressed", "changed", "failed", "missing")  # unfolded, however many
+FEW = 8  # rows of another verdict that gates are unfolded too
 MOST_ROWS = 500  # of one verdict
 
 
@@ -45,6 +46,7 @@ class Section:
     meaning: str
     count: int
     is_open: bool
+    is_whole: bool  # all rows are about whole cases: there are no numbers
     lines: tuple[Line, ...]
     left_out: int
 
@@ -90,9 +92,15 @@ def section(verdict: str, rows: list[Row]) -> Section:
     whole = whole_cases(rows)
     shown = [r for r in rows if r.metric == STATUS or (r.case_id, r.case_hash) not in whole]
     return Section(
-        verdict, MEANING[verdict], headcount(rows), verdict in OPEN,
+        verdict, MEANING[verdict], headcount(rows), is_open(verdict, len(shown)),
+        all(row.metric == STATUS for row in shown),
         tuple(line(row) for row in shown[:MOST_ROWS]), max(len(shown) - MOST_ROWS, 0),
     )  # fmt: skip
+
+
+def is_open(verdict: str, rows: int) -> bool:
+    gates = VERDICTS.index(verdict) < VERDICTS.index("suspect")
+    return verdict in OPEN or (gates and rows <= FEW)
 
 
 def line(row: Row) -> Line:

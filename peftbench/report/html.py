@@ -19,8 +19,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from peftbench import __version__
+from peftbench.compare.order import place_name
 from peftbench.compare.rules import read_rules
-from peftbench.compare.text import MEANING
 from peftbench.errors import UserError
 from peftbench.record import write_atomically
 from peftbench.report.cases import Case, cases_of
@@ -43,7 +43,7 @@ def write_report(files: list[Path], output: Path, subject: str | None = None) ->
     Raises: UserError for a file that cannot be read, or an output that cannot be written.
     """
     parts = read_parts(files, read_rules(Path.cwd()), subject)
-    text = page(parts)
+    text = page(parts, subject)
     try:
         write_atomically(output, text)
     except OSError as error:
@@ -59,7 +59,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def page(parts: list[Part]) -> str:
+def page(parts: list[Part], subject: str | None = None) -> str:
     """The whole file."""
     plotly = get_plotlyjs().replace("</script", "<\\/script")
     own = "\n".join(asset(name) for name in SCRIPTS)
@@ -69,7 +69,7 @@ def page(parts: list[Part]) -> str:
     )  # fmt: skip
     env.filters |= {"svg": svg, "groupby_family": by_family, "counted": counted}
     return env.get_template("page.html").render(
-        context(parts),
+        context(parts, subject),
         style=Markup(asset("style.css")),
         plotly=Markup(plotly),
         script=Markup(own),
@@ -77,13 +77,13 @@ def page(parts: list[Part]) -> str:
     )
 
 
-def context(parts: list[Part]) -> dict[str, Any]:
+def context(parts: list[Part], subject: str | None) -> dict[str, Any]:
     """What the template shows, by section."""
     by_part = [cases_of(part) for part in parts]
     cases = [case for own in by_part for case in own]
     several = len(parts) > 1
     rows = [
-        (case, cells(case), change_of(case, part.comparison), part.newest.name if several else "")
+        (case, cells(case), change_of(case, part.comparison), place_name(part.newest, subject) if several else "")
         for part, own in zip(parts, by_part, strict=True)
         for case in own
     ]
@@ -101,11 +101,9 @@ def context(parts: list[Part]) -> dict[str, Any]:
         "columns": [(column, definition(column)) for column in COLUMNS],
         "rows": rows,
         "compared": any(part.comparison is not None for part in parts),
-        "meaning": MEANING,
-        "histories": [sparklines_of(p.history) for p in parts if p.history is not None],
+        "histories": [sparklines_of(p.history, p.newest.cases) for p in parts if p.history is not None],
         "samples": samples_of(cases),
         "origins": [origin_of(part, own) for part, own in zip(parts, by_part, strict=True)],
-        "memory_sources": sorted({c.memory for c in cases if c.memory}),
         "data": Markup(script_json(figure_data(cases, marks))),
     }
 

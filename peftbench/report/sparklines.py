@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -58,29 +59,42 @@ class Sparklines:
     columns: tuple[str, ...]
     rows: tuple[HistoryRow, ...]
     points: tuple[ChangeLine, ...]
+    alone: int  # cases that one session alone has
 
 
-def sparklines_of(found: History) -> Sparklines:
-    """Cases with a change first; of metrics without a column the changes are listed."""
-    columns = [m for m in SHOWN if any(s.metric == m for s in found.series)]
+def sparklines_of(found: History, keys: Container[tuple[str, str]]) -> Sparklines:
+    """Those of the cases in `keys`, with a change first; every change is listed above them."""
+    series = [s for s in found.series if (s.case_id, s.case_hash) in keys]
+    several = [s for s in series if sum(v is not None for v in s.values) > 1]
+    rows, columns = history_rows(several, found.places)
+    alone = {(s.case_id, s.case_hash) for s in series} - {
+        (s.case_id, s.case_hash) for s in several
+    }
+    return Sparklines(found.places, columns, tuple(rows), tuple(change_lines(several)), len(alone))
+
+
+def history_rows(
+    series: list[Series], places: tuple[str, ...]
+) -> tuple[list[HistoryRow], tuple[str, ...]]:
+    """The rows, and the titles of the columns that they have."""
+    columns = [m for m in SHOWN if any(s.metric == m for s in series)]
     by_case: dict[tuple[str, str, str], dict[str, Series]] = {}
-    for s in found.series:
+    for s in series:
         by_case.setdefault((s.case_id, s.case_hash, s.environment), {})[s.metric] = s
     several = len({key[2] for key in by_case}) > 1
     rows = [
         HistoryRow(
             key[0], key[2] if several else "",
-            tuple(spark_of(own.get(m), found.places) for m in columns),
+            tuple(spark_of(own.get(m), places) for m in columns),
             any(s.points for s in own.values()),
         )
         for key, own in by_case.items()
     ]  # fmt: skip
     rows.sort(key=lambda row: not row.changed)
-    titles = tuple(SHOWN[m] for m in columns)
-    return Sparklines(found.places, titles, tuple(rows), tuple(change_lines(found.series)))
+    return rows, tuple(SHOWN[m] for m in columns)
 
 
-def change_lines(series: tuple[Series, ...]) -> list[ChangeLine]:
+def change_lines(series: list[Series]) -> list[ChangeLine]:
     """What became worse first, the largest change first."""
     points = [(s, p) for s in series for p in s.points]
     points.sort(key=lambda pair: (pair[1].is_worse is not True, -abs(pair[1].change),

@@ -92,10 +92,21 @@ function pointTrace(name, model, cases, cost, quality) {
   return {
     type: "scatter", mode: "markers", name: plotText(name),
     x: cases.map((c) => c[cost.key]), y: cases.map((c) => c[quality.key]),
-    marker: { symbol: mark.symbol + fill, color: mark.colour, size: 12, line: { color: fill.startsWith("-open") ? mark.colour : "#fff", width: fill.startsWith("-open") ? 2 : 1 } },
+    marker: { symbol: mark.symbol + fill, color: mark.colour, size: 12, line: { color: fill.startsWith("-open") ? mark.colour : "#fff", width: fill ? 2 : 1 } },
     error_y: { type: "data", array: cases.map((c) => c[`${quality.key}_se`] || 0), thickness: 1, width: 3, color: mark.colour },
     text: cases.map((c) => hoverText(c, cost, quality)), hovertemplate: "%{text}<extra></extra>",
   };
+}
+
+// What the model was before training, as most cases say: a 4-bit base has a value of its own.
+function baseLine(cases, quality) {
+  const counts = new Map();
+  for (const c of cases) {
+    const base = c[`${quality.key}_base`];
+    if (base !== null && base !== undefined) counts.set(base, (counts.get(base) || 0) + 1);
+  }
+  const [most] = [...counts].sort((a, b) => b[1] - a[1]);
+  return most ? most[0] : null;
 }
 
 function paretoPanel(plot, cases, cost, quality, names, isAcross) {
@@ -113,9 +124,17 @@ function paretoPanel(plot, cases, cost, quality, names, isAcross) {
     }
   }
   const unit = (o) => (o.unit ? `, ${o.unit}` : "");
-  const x = axisOf(known.map((c) => c[cost.key]), `${cost.title}${unit(cost)}  (← less is better)`);
+  const x = axisOf(known.map((c) => c[cost.key]), `${cost.title}${unit(cost)}  (← better)`);
   if (x.type === "linear") x.rangemode = "tozero";
-  const y = axisOf(known.map((c) => c[quality.key]), `${quality.title}${unit(quality)}  (${quality.better === "lower" ? "← lower" : "higher →"} is better)`);
+  const base = isAcross ? null : baseLine(known, quality);
+  const y = axisOf([...known.map((c) => c[quality.key]), ...(base === null ? [] : [base])], `${quality.title}${unit(quality)}  (${quality.better === "lower" ? "←" : "→"} better)`);
+  if (base !== null) {
+    traces.unshift({ // a trace and not a shape: the axis then reaches to it
+      type: "scatter", mode: "lines+text", x: [Math.min(...known.map((c) => c[cost.key])), Math.max(...known.map((c) => c[cost.key]))], y: [base, base],
+      line: { color: "#8a939d", width: 1, dash: "dash" }, hoverinfo: "skip", cliponaxis: false,
+      text: ["", "before training"], textposition: "top left", textfont: { color: "#57606a", size: 11 },
+    });
+  }
   draw(plot, traces, x, y);
   plot.setAttribute("role", "img");
   plot.setAttribute("aria-label", `${quality.title} against ${cost.title}: ${known.length} cases${isAcross ? " of all models" : ""}`);
@@ -158,8 +177,7 @@ function drawLines(panels, model, traceOf, xaxis, yaxis, shapes) {
     const traces = cases.map((c) => {
       const mark = marks[c.adapter];
       return { type: "scatter", name: plotText(c.id), line: { color: mark.colour, width: 2, dash: mark.dash },
-        hovertemplate: `<b>${plotText(c.id).replace(/%/g, "&#37;")}</b><br>%{x}: %{y:.4~g}<extra></extra>`,
-        ...traceOf(c, mark) };
+        text: plotText(c.id), ...traceOf(c, mark) };
     });
     draw(plot, traces, xaxis, yaxis, shapes);
   });
@@ -177,9 +195,9 @@ function drawMemory() {
   document.getElementById("memory-source").textContent = sources.size
     ? `Read from: ${[...sources].join("; ")}.` : "No phase of this model has a reading.";
   drawLines(memoryPanels, model, (c, mark) => ({
-    mode: "lines+markers", x: phases.filter((p) => p in c.phases), y: phases.filter((p) => p in c.phases).map((p) => c.phases[p]),
+    mode: "lines+markers", x: phases.filter((p) => p in c.phases).map(plotText), y: phases.filter((p) => p in c.phases).map((p) => c.phases[p]),
     marker: { symbol: mark.symbol, color: mark.colour, size: 9 },
-    hovertemplate: `<b>${plotText(c.id).replace(/%/g, "&#37;")}</b><br>%{x}: %{y:,.1f} MiB<extra></extra>`,
+    hovertemplate: "<b>%{text}</b><br>%{x}: %{y:,.1f} MiB<extra></extra>",
   }), { type: "category", categoryorder: "array", categoryarray: phases.map(plotText), tickangle: -45 },
   { title: { text: "highest memory, MiB", standoff: 6 }, rangemode: "tozero" }, shade);
 }
@@ -191,8 +209,8 @@ function drawTraining() {
     const every = Math.max(Math.ceil(steps.length / 6), 1); // a shape now and then names the line
     return {
       mode: "lines+markers", x: steps, y: losses,
-      marker: { symbol: mark.symbol, color: mark.colour, size: steps.map((_, i) => (i % every === every - 1 || i === steps.length - 1 ? 9 : 0.01)) },
-      hovertemplate: `<b>${plotText(c.id).replace(/%/g, "&#37;")}</b><br>step %{x}: %{y:.4~g} nats<extra></extra>`,
+      marker: { symbol: mark.symbol, color: mark.colour, opacity: 1, size: steps.map((_, i) => (i % every === every - 1 || i === steps.length - 1 ? 9 : 0.01)) },
+      hovertemplate: "<b>%{text}</b><br>step %{x}: %{y:.4~g} nats<extra></extra>",
     };
   }, { title: { text: "optimiser step", standoff: 6 } }, { title: { text: "loss, nats", standoff: 6 } });
 }
