@@ -75,8 +75,8 @@ def add_comparison_commands(commands: Any) -> None:
     history.add_argument("--case", metavar="P", help="only ids that match this pattern, or hold it")
     history.add_argument("--metric", metavar="M", help="only this metric")
     report = commands.add_parser("report", help="one HTML page out of result files")
-    report.add_argument("files", metavar="FILE", type=Path, nargs="+", help="result files, or folders"
-                        " of them: the newest session is shown, the others are its history")  # fmt: skip
+    report.add_argument("files", metavar="FILE", type=Path, nargs="+", help="result files, or"
+                        " folders: the newest session is shown, the others are its history")  # fmt: skip
     report.add_argument("-o", "--output", metavar="HTML", type=Path, required=True)
     for command in (compare, history, report):
         command.add_argument(

@@ -1,8 +1,7 @@
 """READ THIS FIRST: parts become a context, the context a page, the page one file.
 
-Text from records reaches the page in three ways only, each of which makes it harmless: through
-jinja2's autoescape, through `script_json`, and in the scripts through `plotText`. A content security
-policy forbids the page every request, and every script that is not one of ours by its hash.
+Text from records reaches the page in three ways only, each of which makes it harmless: jinja2's
+autoescape, `script_json`, and in the scripts `plotText`. A content security policy forbids the page every request, and every script that is not one of ours by its hash.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from peftbench import __version__
+from peftbench.compare.load import GIVE
 from peftbench.compare.order import place_name
 from peftbench.compare.rules import read_rules
 from peftbench.errors import UserError
@@ -43,7 +43,14 @@ def write_report(files: list[Path], output: Path, subject: str | None = None) ->
     Raises: UserError for a file that cannot be read, or an output that cannot be written.
     """
     parts = read_parts(files, read_rules(Path.cwd()), subject)
-    text = page(parts, subject)
+    try:
+        found = context(parts, subject)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        # `read_parts` has checked what a comparison needs: not samples, curves and phases
+        names = ", ".join(repr(str(f)) for f in files)
+        detail = f"{type(error).__name__}: {error}"
+        raise UserError(f"{names} is damaged ({detail}); {GIVE}") from None
+    text = page(found)
     try:
         write_atomically(output, text)
     except OSError as error:
@@ -59,8 +66,8 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def page(parts: list[Part], subject: str | None = None) -> str:
-    """The whole file."""
+def page(found: dict[str, Any]) -> str:
+    """The whole file, of what `context` found."""
     plotly = get_plotlyjs().replace("</script", "<\\/script")
     own = "\n".join(asset(name) for name in SCRIPTS)
     env = Environment(
@@ -69,7 +76,7 @@ def page(parts: list[Part], subject: str | None = None) -> str:
     )  # fmt: skip
     env.filters |= {"svg": svg, "groupby_family": by_family, "counted": counted}
     return env.get_template("page.html").render(
-        context(parts, subject),
+        found,
         style=Markup(asset("style.css")),
         plotly=Markup(plotly),
         script=Markup(own),
@@ -77,13 +84,18 @@ def page(parts: list[Part], subject: str | None = None) -> str:
     )
 
 
-def context(parts: list[Part], subject: str | None) -> dict[str, Any]:
+def context(parts: list[Part], subject: str | None = None) -> dict[str, Any]:
     """What the template shows, by section."""
     by_part = [cases_of(part) for part in parts]
     cases = [case for own in by_part for case in own]
     several = len(parts) > 1
     rows = [
-        (case, cells(case), change_of(case, part.comparison), place_name(part.newest, subject) if several else "")
+        (
+            case,
+            cells(case),
+            change_of(case, part.comparison),
+            place_name(part.newest, subject) if several else "",
+        )
         for part, own in zip(parts, by_part, strict=True)
         for case in own
     ]
@@ -101,7 +113,9 @@ def context(parts: list[Part], subject: str | None) -> dict[str, Any]:
         "columns": [(column, definition(column)) for column in COLUMNS],
         "rows": rows,
         "compared": any(part.comparison is not None for part in parts),
-        "histories": [sparklines_of(p.history, p.newest.cases) for p in parts if p.history is not None],
+        "histories": [
+            sparklines_of(p.history, p.newest.cases) for p in parts if p.history is not None
+        ],
         "samples": samples_of(cases),
         "origins": [origin_of(part, own) for part, own in zip(parts, by_part, strict=True)],
         "data": Markup(script_json(figure_data(cases, marks))),

@@ -41,9 +41,7 @@ def origin_of(part: Part, cases: list[Case]) -> Origin:
     own = session_facts(part.newest)
     earlier = session_facts(base) if base is not None else {}
     names = dict.fromkeys([*own, *earlier])
-    facts = [
-        Fact(n, own.get(n, "–"), None if base is None else earlier.get(n, "–")) for n in names
-    ]
+    facts = [Fact(n, own.get(n, "–"), None if base is None else earlier.get(n, "–")) for n in names]
     facts += [Fact(name, text, None) for name, text in machine_facts(found)]
     return Origin(part.newest.name, machine_of(cases), tuple(facts), shared_settings(cases))
 

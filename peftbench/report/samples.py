@@ -1,4 +1,4 @@
-"""What the models wrote before and after training: a prompt once, and each adapter's answer below it."""
+"""What the models wrote before and after training: a prompt once, each adapter's answer below."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -67,9 +68,7 @@ def sparklines_of(found: History, keys: Container[tuple[str, str]]) -> Sparkline
     series = [s for s in found.series if (s.case_id, s.case_hash) in keys]
     several = [s for s in series if sum(v is not None for v in s.values) > 1]
     rows, columns = history_rows(several, found.places)
-    alone = {(s.case_id, s.case_hash) for s in series} - {
-        (s.case_id, s.case_hash) for s in several
-    }
+    alone = {(s.case_id, s.case_hash) for s in series} - {(s.case_id, s.case_hash) for s in several}
     return Sparklines(found.places, columns, tuple(rows), tuple(change_lines(several)), len(alone))
 
 
@@ -129,7 +128,7 @@ def spark_of(series: Series | None, places: tuple[str, ...]) -> Spark | None:
 def place_of(point: Point, values: tuple[float | None, ...], places: tuple[str, ...]) -> int:
     """The session that a point names as its last: a commit that was run again has several."""
     known = [i for i, v in enumerate(values) if v is not None]
-    for last, i in zip(known, known[1:], strict=False):
+    for last, i in pairwise(known):
         named = places[last] == point.after and places[i] == point.until
         if named and i - last - 1 == point.between:
             return i

@@ -1,4 +1,4 @@
-"""The table of cases: one row each, units in the header, a dash with its reason for what is missing."""
+"""The table of cases: units in the header, and a dash with its reason for what is missing."""
 
 from __future__ import annotations
 

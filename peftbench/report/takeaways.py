@@ -15,7 +15,7 @@ STANDARD_ERRORS = 2.0  # of the difference: within them two qualities are not to
 
 @dataclass(frozen=True)
 class Best:
-    """`others` are not told apart from the best by the standard errors; empty where there are none."""
+    """`others` are those that the standard errors do not tell apart from the best."""
 
     adapters: tuple[str, ...]
     text: str
@@ -65,7 +65,9 @@ def best_quality(cases: list[Case], metric: str) -> Best | None:
     sign = 1 if METRICS[metric].direction == "lower" else -1
     best, value = min(known, key=lambda pair: sign * pair[1])
     others = [c.adapter for c, v in known if c is not best and not told_apart(c, best, metric)]
-    return Best((best.adapter,), quantity(value, METRICS[metric].unit), tuple(dict.fromkeys(others)))
+    return Best(
+        (best.adapter,), quantity(value, METRICS[metric].unit), tuple(dict.fromkeys(others))
+    )
 
 
 def told_apart(one: Case, other: Case, metric: str) -> bool:
