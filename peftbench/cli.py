@@ -76,7 +76,7 @@ def add_comparison_commands(commands: Any) -> None:
     history.add_argument("--metric", metavar="M", help="only this metric")
     report = commands.add_parser("report", help="one HTML page out of result files")
     report.add_argument("files", metavar="FILE", type=Path, nargs="+", help="result files, or"
-                        " folders: the newest session is shown, the others are its history")  # fmt: skip
+                        " folders: their newest session is shown, all are its history")  # fmt: skip
     report.add_argument("-o", "--output", metavar="HTML", type=Path, required=True)
     for command in (compare, history, report):
         command.add_argument(

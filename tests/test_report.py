@@ -33,7 +33,6 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict]] = []
         self.scripts: list[str] = []
         self.tables: list[list[list[str]]] = []
-        self.tips: dict[str, list[str]] = {}
         self.open: list[str] = []
         self.feed(text)
 
@@ -42,6 +41,8 @@ class Page(HTMLParser):
         self.tags.append((tag, attributes))
         if tag not in VOID:
             self.open.append(tag)
+        if tag == "br":
+            self.handle_data(" ")
         if tag == "script":
             self.scripts.append("")
         if tag == "table":
@@ -223,7 +224,7 @@ def test_what_became_worse_comes_first(tmp_path):
     verdicts = re.findall(r'<details class="verdict-(\w[\w-]*)"', text)
     assert verdicts[:2] == ["regressed", "missing"]
     row = found.table("90 % interval")[0]
-    assert row[:5] == ["m-full-sft", "host_peak_rss", "300.0 MiB", "350.0 MiB", "+16.7 %"]
+    assert row[:5] == ["m-full-sft", "host_peak_rss_delta", "100.0 MiB", "150.0 MiB", "+50.0 %"]
     table = found.table("trainable")
     assert table[0][2] == "regressed"
     assert table[1][2] == "no change seen"

@@ -1,7 +1,8 @@
 """READ THIS FIRST: parts become a context, the context a page, the page one file.
 
 Text from records reaches the page in three ways only, each of which makes it harmless: jinja2's
-autoescape, `script_json`, and in the scripts `plotText`. A content security policy forbids the page every request, and every script that is not one of ours by its hash.
+autoescape, `script_json`, and in the scripts `plotText`. A content security policy forbids the
+page every request, and every script that is not one of ours by its hash.
 """
 
 from __future__ import annotations
