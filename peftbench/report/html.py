@@ -119,7 +119,7 @@ def context(parts: list[Part], subject: str | None = None) -> dict[str, Any]:
         ],
         "samples": samples_of(cases),
         "origins": [origin_of(part, own) for part, own in zip(parts, by_part, strict=True)],
-        "data": Markup(script_json(figure_data(cases, marks))),
+        "data": Markup(script_json(printable_data(figure_data(cases, marks)))),
     }
 
 
@@ -155,6 +155,15 @@ def harmless(value: Any) -> Any:
 def printable(text: str) -> str:
     """Line ends and tabs are kept; a lone surrogate or a control character becomes U+FFFD."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def printable_data(data: Any) -> Any:
+    """The same with every text, keys too, made `printable`."""
+    if isinstance(data, dict):
+        return {printable_data(key): printable_data(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [printable_data(value) for value in data]
+    return printable(data) if isinstance(data, str) else data
 
 
 def script_json(data: Any) -> str:

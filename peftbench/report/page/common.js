@@ -10,8 +10,7 @@ const redraws = []; // each section's own function, called when `hidden` changes
 
 // Plotly reads some tags in its texts: a name from a file must stay a name.
 function plotText(text) {
-  const plain = String(text).replace(/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069]/g, "\ufffd");
-  return plain.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  return String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 }
 
 function shownNumber(value, unit) {
@@ -80,6 +79,10 @@ function draw(plot, traces, xaxis, yaxis, shapes) {
     hoverlabel: { align: "left", bgcolor: "#1b1f24", font: { color: "#fff", size: 13 } },
     xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, shapes: shapes || [],
   };
+  if (traces.every((trace) => trace.x.length === 0)) {
+    layout.annotations = [{ text: "not measured", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5, font: { size: 14, color: "#57606a" } }];
+    for (const unused of [layout.xaxis, layout.yaxis]) Object.assign(unused, { showticklabels: false, showgrid: false, ticks: "" });
+  }
   Plotly.react(plot, traces, layout, { displayModeBar: false, responsive: true });
 }
 
