@@ -275,6 +275,13 @@ def test_a_drawing_spans_its_box_and_breaks_at_a_gap():
     assert f'd="{path}"' in svg
 
 
+def test_noise_stays_in_the_middle_of_a_drawing():
+    # 1 % of 100 in a height of at least 10 %: 0.45 and 0.55 of what is between the edges
+    svg = drawing((100.0, 101.0), {})
+    low, high = (HEIGHT - EDGE - share * (HEIGHT - 2 * EDGE) for share in (0.45, 0.55))
+    assert f'd="M{EDGE:.1f} {low:.1f}L{WIDTH - EDGE:.1f} {high:.1f}"' in svg
+
+
 # nothing from a record becomes markup, and nothing leaves the file
 
 

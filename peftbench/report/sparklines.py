@@ -9,7 +9,7 @@ from itertools import pairwise
 from markupsafe import Markup
 
 from peftbench.compare.history import History, Point, Series
-from peftbench.compare.history_text import range_text
+from peftbench.compare.history_text import LEAST_HEIGHT, range_text
 from peftbench.compare.text import number, signed
 
 WIDTH, HEIGHT, EDGE = 150.0, 34.0, 6.0  # of a drawing, in CSS pixels
@@ -136,9 +136,13 @@ def place_of(point: Point, values: tuple[float | None, ...], places: tuple[str, 
 
 
 def drawing(values: tuple[float | None, ...], points: dict[int, Point]) -> Markup:
-    """A line with a gap where a session has no value; changes are a bar and a triangle."""
-    known = [v for v in values if v is not None]
-    low, span = min(known, default=0.0), (max(known, default=0.0) - min(known, default=0.0))
+    """A line with a gap where a session has no value; changes are a bar and a triangle.
+
+    The whole height is at least LEAST_HEIGHT of the value: noise must not look like mountains.
+    """
+    known = [v for v in values if v is not None] or [0.0]
+    span = max(max(known) - min(known), LEAST_HEIGHT * abs(min(known)))
+    low = (max(known) + min(known) - span) / 2
     step = (WIDTH - 2 * EDGE) / max(len(values) - 1, 1)
 
     def at(i: int, value: float) -> tuple[float, float]:
