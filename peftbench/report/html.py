@@ -104,7 +104,11 @@ def context(parts: list[Part], subject: str | None = None) -> dict[str, Any]:
     return {
         "version": __version__,
         "cases": cases,
-        "axes": {axis: axis_names(cases, axis) for axis in ("model", "adapter", "method")},
+        "axes": {
+            "model": names_of(cases, "model"),
+            "adapter": list(marks),
+            "method": names_of(cases, "method"),
+        },
         "marks": marks,
         "statuses": statuses(cases),
         "failed": [case for case in cases if case.status != "ok"],
@@ -123,7 +127,7 @@ def context(parts: list[Part], subject: str | None = None) -> dict[str, Any]:
     }
 
 
-def axis_names(cases: list[Case], axis: str) -> list[str]:
+def names_of(cases: list[Case], axis: str) -> list[str]:
     """In the order of the file."""
     return list(dict.fromkeys(getattr(case, axis) for case in cases))
 

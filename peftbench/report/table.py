@@ -27,12 +27,11 @@ class Column:
 
 COLUMNS = (
     Column("method_s", "time", "s", 1, ",.2f"),
-    Column("train_s", "of it training", "s", 1, ",.2f"),
+    Column("train_s", "training", "s", 1, ",.2f"),
     Column("tokens_per_s", "speed", "tokens/s", 1, ",.0f"),
     Column(PEAK, "peak memory", "MiB", 1 / MIB, ",.1f"),
     Column("energy_j", "energy", "J", 1, ",.1f"),
     Column("trainable_params", "trainable", "parameters", 1, ",.0f"),
-    Column("trainable_ratio", "share", "%", 100, ".2f"),
     Column("adapter_bytes", "on disk", "MiB", 1 / MIB, ",.2f"),
     Column("perplexity", "perplexity", "", 1, ".4g"),
     Column("bits_per_byte", "bits per byte", "bits", 1, ".3f"),
@@ -61,6 +60,9 @@ def cell(case: Case, column: Column) -> Cell:
         return Cell("–", None, f"not measured: {case.reasons[name]}")
     text = format(value * column.factor, column.form)
     tip = MEMORY[metric] if column.metric == PEAK else ""
+    share = case.values["trainable_ratio"]
+    if metric == "trainable_params" and share is not None:
+        tip = f"{share:.2%} of all parameters"
     if metric in BEFORE:
         before = case.values[BEFORE[metric]]
         start = "–" if before is None else format(before * column.factor, column.form)

@@ -69,7 +69,7 @@ function panel(parent, title) {
   return plot;
 }
 
-function draw(plot, traces, xaxis, yaxis, shapes) {
+function draw(plot, traces, xaxis, yaxis, extras) {
   const axis = { linecolor: "#8a939d", gridcolor: "#e8ebee", zeroline: false, automargin: true, ticks: "outside", tickcolor: "#8a939d" };
   const layout = {
     margin: { l: 56, r: 14, t: 10, b: 46 },
@@ -77,7 +77,7 @@ function draw(plot, traces, xaxis, yaxis, shapes) {
     paper_bgcolor: "#fff", plot_bgcolor: "#fff",
     showlegend: false, dragmode: false, hovermode: "closest",
     hoverlabel: { align: "left", bgcolor: "#1b1f24", font: { color: "#fff", size: 13 } },
-    xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, shapes: shapes || [],
+    xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...extras,
   };
   if (traces.every((trace) => trace.x.length === 0)) {
     layout.annotations = [{ text: "not measured", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5, font: { size: 14, color: "#57606a" } }];

@@ -93,7 +93,9 @@ function pointTrace(name, model, cases, cost, quality) {
     type: "scatter", mode: "markers", name: plotText(name),
     x: cases.map((c) => c[cost.key]), y: cases.map((c) => c[quality.key]),
     marker: { symbol: mark.symbol + fill, color: mark.colour, size: 12, line: { color: fill.startsWith("-open") ? mark.colour : "#fff", width: fill ? 2 : 1 } },
-    error_y: { type: "data", array: cases.map((c) => c[`${quality.key}_se`] || 0), thickness: 1, width: 3, color: mark.colour },
+    ...(cases.some((c) => c[`${quality.key}_se`]) ? {
+      error_y: { type: "data", array: cases.map((c) => c[`${quality.key}_se`] || 0), thickness: 1, width: 3, color: mark.colour },
+    } : {}),
     text: cases.map((c) => hoverText(c, cost, quality)), hovertemplate: "%{text}<extra></extra>",
   };
 }
@@ -107,6 +109,15 @@ function baseLine(cases, quality) {
   }
   const [most] = [...counts].sort((a, b) => b[1] - a[1]);
   return most ? most[0] : null;
+}
+
+// A line over the whole panel, named where the axis begins: there no case is.
+function baseMark(base, isLog) {
+  const at = isLog ? Math.log10(base) : base;
+  return {
+    shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: base, y1: base, layer: "below", line: { color: "#8a939d", width: 1, dash: "dash" } }],
+    annotations: [{ text: "before training", xref: "paper", x: 0, xanchor: "left", y: at, yanchor: "bottom", showarrow: false, font: { color: "#57606a", size: 11 } }],
+  };
 }
 
 function paretoPanel(plot, cases, cost, quality, names, isAcross) {
@@ -124,18 +135,13 @@ function paretoPanel(plot, cases, cost, quality, names, isAcross) {
     }
   }
   const unit = (o) => (o.unit ? `, ${o.unit}` : "");
-  const x = axisOf(known.map((c) => c[cost.key]), `${cost.title}${unit(cost)}  (← better)`);
+  const x = axisOf(known.map((c) => c[cost.key]), `${cost.title}${unit(cost)}  ← better`);
   if (x.type === "linear") x.rangemode = "tozero";
   const base = isAcross ? null : baseLine(known, quality);
-  const y = axisOf([...known.map((c) => c[quality.key]), ...(base === null ? [] : [base])], `${quality.title}${unit(quality)}  (${quality.better === "lower" ? "←" : "→"} better)`);
-  if (base !== null) {
-    traces.unshift({ // a trace and not a shape: the axis then reaches to it
-      type: "scatter", mode: "lines+text", x: [Math.min(...known.map((c) => c[cost.key])), Math.max(...known.map((c) => c[cost.key]))], y: [base, base],
-      line: { color: "#8a939d", width: 1, dash: "dash" }, hoverinfo: "skip", cliponaxis: false,
-      text: ["", "before training"], textposition: "top left", textfont: { color: "#57606a", size: 11 },
-    });
-  }
-  draw(plot, traces, x, y);
+  const y = axisOf([...known.map((c) => c[quality.key]), ...(base === null ? [] : [base])], `${quality.title}${unit(quality)} ${quality.better === "lower" ? "←" : "→"} better`);
+  const extras = base === null ? {} : baseMark(base, y.type === "log");
+  if (base !== null) traces.push({ x: [traces[1].x[0]], y: [base], mode: "markers", marker: { opacity: 0 }, hoverinfo: "skip" }); // the axis reaches to it
+  draw(plot, traces, x, y, extras);
   plot.setAttribute("role", "img");
   plot.setAttribute("aria-label", `${quality.title} against ${cost.title}: ${known.length} cases${isAcross ? " of all models" : ""}`);
 }
@@ -172,14 +178,14 @@ function drawPareto() {
   }
 }
 
-function drawLines(panels, model, traceOf, xaxis, yaxis, shapes) {
+function drawLines(panels, model, traceOf, xaxis, yaxis, extras) {
   each(panels, data.cases.filter((c) => c.model === model && !hidden.has(c.adapter)), (plot, cases) => {
     const traces = cases.map((c) => {
       const mark = marks[c.adapter];
       return { type: "scatter", name: plotText(c.id), line: { color: mark.colour, width: 2, dash: mark.dash },
         text: plotText(c.id), ...traceOf(c, mark) };
     });
-    draw(plot, traces, xaxis, yaxis, shapes);
+    draw(plot, traces, xaxis, yaxis, extras);
   });
 }
 
@@ -199,7 +205,7 @@ function drawMemory() {
     marker: { symbol: mark.symbol, color: mark.colour, size: 9 },
     hovertemplate: "<b>%{text}</b><br>%{x}: %{y:,.1f} MiB<extra></extra>",
   }), { type: "category", categoryorder: "array", categoryarray: phases.map(plotText), tickangle: -45 },
-  { title: { text: "highest memory, MiB", standoff: 6 }, rangemode: "tozero" }, shade);
+  { title: { text: "highest memory, MiB", standoff: 6 }, rangemode: "tozero" }, { shapes: shade });
 }
 
 const trainingPanels = panelsOf("training-panels");
