@@ -216,7 +216,7 @@ def test_the_legend_hides_an_adapter_in_every_figure(browser, pages):
 
 def test_a_request_and_a_complaint_would_be_seen(browser, pages):
     """The two checks above can fail."""
-    visit(browser, pages["2"])
+    visit(browser, pages["200"])
     browser.execute_script("new Image().src = 'http://127.0.0.1:9/x.png'; console.error('oh')")
     assert any("oh" in text for text in complaints(browser))
     assert browser.execute_async_script(
@@ -226,7 +226,7 @@ def test_a_request_and_a_complaint_would_be_seen(browser, pages):
 
 
 def test_the_dotted_line_joins_what_no_case_beats(browser, pages):
-    visit(browser, pages["2"])
+    visit(browser, pages["200"])
     cases = [
         {"t": 3, "q": 5},
         {"t": 1, "q": 9},

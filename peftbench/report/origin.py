@@ -36,7 +36,8 @@ class Origin:
 
 
 def origin_of(part: Part, cases: list[Case]) -> Origin:
-    found = next((c.record["provenance"] for c in cases if c.record.get("provenance")), {})
+    described = [c.record["provenance"] for c in cases if c.record.get("provenance")]
+    found: dict[str, Any] = described[0] if described else {}
     base = part.sessions[-2] if len(part.sessions) > 1 else None
     own = session_facts(part.newest)
     earlier = session_facts(base) if base is not None else {}
