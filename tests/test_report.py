@@ -206,9 +206,13 @@ def test_a_curve_is_a_running_mean_of_the_rounds_mean():
         {"losses": [float(i - 1) for i in range(20)]},
         {"losses": [i + 1.0 for i in range(20)]},
     ]
-    curve = curve_of({"rounds": rounds})
+    kind, curve = curve_of({"rounds": rounds})
+    assert kind == "loss"
     assert curve[:3] == ((1, 0.0), (2, 0.5), (3, 1.5))
     assert curve[-1] == (20, 18.5)
+    updates = [{"reward_mean": 0.25}, {"reward_mean": None}, {"reward_mean": 0.75}]
+    ppo = {"losses": [9.0], "ppo_history": updates}
+    assert curve_of(ppo) == ("reward", ((1, 0.25), (3, 0.75)))
 
 
 # comparison and history

@@ -25,6 +25,12 @@ PHASE_MEMORY = {
     "torch_peak_reserved_bytes": "GPU memory that torch reserved",
     "host_peak_rss_bytes": "resident memory beyond that after the imports (no GPU)",
 }
+CURVES = {
+    "loss": ("optimiser step", "loss, nats"),
+    "reward": ("update", "mean reward of the sampled completions"),
+}
+"""What a training curve shows, by axis: PPO's loss says nothing of its progress."""
+
 CURVE_POINTS = 120  # of a training curve: what a panel of a few hundred pixels can show
 SMOOTHED_SHARE = 0.1  # of the steps
 
@@ -45,7 +51,8 @@ class Case:
     memory: str | None  # the metric of MEMORY that is its peak
     phases: tuple[tuple[str, float | None, float | None], ...]  # name, seconds, bytes at the peak
     phase_memory: str | None  # a key of PHASE_MEMORY
-    curve: tuple[tuple[int, float], ...]  # step and smoothed loss
+    curve_kind: str  # a key of CURVES
+    curve: tuple[tuple[int, float], ...]  # step and smoothed value
     disturbances: tuple[str, ...]
     rounds: int
     record: dict[str, Any]
@@ -68,7 +75,7 @@ def case_of(row: CaseRow, record: dict[str, Any]) -> Case:
     return Case(
         row.case_id, row.case_hash, model, adapter, method, row.status, reason_of(row, record),
         values, {n: null_reason(row, n) for n in METRICS if values[n] is None}, memory, phases,
-        source, curve_of(record), disturbances_of(record), len(row.rounds), record,
+        source, *curve_of(record), disturbances_of(record), len(row.rounds), record,
     )  # fmt: skip
 
 
@@ -136,23 +143,31 @@ def nvml_peaks(record: dict[str, Any]) -> dict[str, float | None]:
     return found
 
 
-def curve_of(record: dict[str, Any]) -> tuple[tuple[int, float], ...]:
-    """Steps from 1 and the loss, a running mean over SMOOTHED_SHARE of the steps; rounds averaged.
+def curve_of(record: dict[str, Any]) -> tuple[str, tuple[tuple[int, float], ...]]:
+    """(key of CURVES, points): step from 1 and a running mean over SMOOTHED_SHARE of the steps.
 
-    Without the first round's steps only where rounds differ in length: then it is the first's.
+    Rounds are averaged; where they differ in length it is the first alone.
     """
-    rounds = [r.get("losses") for r in record.get("rounds") or []] or [record.get("losses")]
-    series = [[number(v) for v in losses] for losses in rounds if losses]
+    rounds = record.get("rounds") or [record]
+    kind = "reward" if any(r.get("ppo_history") for r in rounds) else "loss"
+    series = [found for r in rounds if (found := seen_in(r, kind))]
     if not series:
-        return ()
-    if len({len(losses) for losses in series}) > 1:
+        return kind, ()
+    if len({len(found) for found in series}) > 1:
         series = series[:1]
     means = [mean_of(at) for at in zip(*series, strict=True)]
     reach = max(round(SMOOTHED_SHARE * len(means)), 1)
     smooth = [mean_of(tuple(means[max(i - reach + 1, 0) : i + 1])) for i in range(len(means))]
     stride = -(-len(smooth) // CURVE_POINTS)
     kept = sorted({*range(0, len(smooth), stride), len(smooth) - 1})
-    return tuple((i + 1, v) for i in kept if (v := smooth[i]) is not None)
+    return kind, tuple((i + 1, v) for i in kept if (v := smooth[i]) is not None)
+
+
+def seen_in(entry: dict[str, Any], kind: str) -> list[float | None]:
+    """One round's values by step."""
+    if kind == "reward":
+        return [number(row.get("reward_mean")) for row in entry.get("ppo_history") or []]
+    return [number(loss) for loss in entry.get("losses") or []]
 
 
 def mean_of(values: tuple[float | None, ...]) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peftbench.metrics import HEADLINE_PHASES, PHASES
-from peftbench.report.cases import MEMORY, PHASE_MEMORY, Case
+from peftbench.report.cases import CURVES, MEMORY, PHASE_MEMORY, Case
 from peftbench.report.marks import Mark
 from peftbench.summary import MIB
 
@@ -27,6 +27,8 @@ QUALITIES = (
      "what": "on held-out text"},
     {"key": "bits_per_byte", "title": "bits per byte", "unit": "bits", "better": "lower",
      "factor": 1, "what": "on held-out text; comparable between tokenizers"},
+    {"key": "true_reward", "title": "true reward", "unit": "", "better": "higher", "factor": 1,
+     "what": "share of a sampled completion's sentences that are true"},
 )  # fmt: skip
 
 
@@ -75,6 +77,7 @@ def case_data(case: Case) -> dict[str, Any]:
     out["phases"] = {n: rounded(size, 1 / MIB) for n, _, size in case.phases if size is not None}
     out["memory_source"] = PHASE_MEMORY[case.phase_memory] if case.phase_memory else ""
     out["curve"] = [[step for step, _ in case.curve], [rounded(loss) for _, loss in case.curve]]
+    out["curve_axes"] = CURVES[case.curve_kind]
     return out
 
 

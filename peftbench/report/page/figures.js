@@ -178,14 +178,15 @@ function drawPareto() {
   }
 }
 
-function drawLines(panels, model, traceOf, xaxis, yaxis, extras) {
+// `axesOf` gives the titles of both axes, of a panel's first case.
+function drawLines(panels, model, traceOf, axesOf, extras) {
   each(panels, data.cases.filter((c) => c.model === model && !hidden.has(c.adapter)), (plot, cases) => {
     const traces = cases.map((c) => {
       const mark = marks[c.adapter];
       return { type: "scatter", name: plotText(c.id), line: { color: mark.colour, width: 2, dash: mark.dash },
         text: plotText(c.id), ...traceOf(c, mark) };
     });
-    draw(plot, traces, xaxis, yaxis, extras);
+    draw(plot, traces, ...axesOf(cases[0]), extras);
   });
 }
 
@@ -204,8 +205,8 @@ function drawMemory() {
     mode: "lines+markers", x: phases.filter((p) => p in c.phases).map(plotText), y: phases.filter((p) => p in c.phases).map((p) => c.phases[p]),
     marker: { symbol: mark.symbol, color: mark.colour, size: 9 },
     hovertemplate: "<b>%{text}</b><br>%{x}: %{y:,.1f} MiB<extra></extra>",
-  }), { type: "category", categoryorder: "array", categoryarray: phases.map(plotText), tickangle: -45 },
-  { title: { text: "highest memory, MiB", standoff: 6 }, rangemode: "tozero" }, { shapes: shade });
+  }), () => [{ type: "category", categoryorder: "array", categoryarray: phases.map(plotText), tickangle: -45 },
+  { title: { text: "highest memory, MiB", standoff: 6 }, rangemode: "tozero" }], { shapes: shade });
 }
 
 const trainingPanels = panelsOf("training-panels");
@@ -216,9 +217,9 @@ function drawTraining() {
     return {
       mode: "lines+markers", x: steps, y: losses,
       marker: { symbol: mark.symbol, color: mark.colour, opacity: 1, size: steps.map((_, i) => (i % every === every - 1 || i === steps.length - 1 ? 9 : 0.01)) },
-      hovertemplate: "<b>%{text}</b><br>step %{x}: %{y:.4~g} nats<extra></extra>",
+      hovertemplate: "<b>%{text}</b><br>%{x}: %{y:.4~g}<extra></extra>",
     };
-  }, { title: { text: "optimiser step", standoff: 6 } }, { title: { text: "loss, nats", standoff: 6 } });
+  }, (c) => c.curve_axes.map((text) => ({ title: { text, standoff: 6 } })));
 }
 
 const key = document.getElementById("model-key");
