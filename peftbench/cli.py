@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_comparison_commands(commands: Any) -> None:
-    """`compare` and `history`; docs/comparison.md explains both."""
+    """`compare` and `history`, which docs/comparison.md explains, and `report`, docs/report.md."""
     compare = commands.add_parser("compare", help="what changed between two sessions")
     compare.add_argument("base", metavar="BASE", type=Path, help="a result file, or a folder: its"
                          " newest session before NEW, all of it being the history")  # fmt: skip
@@ -74,7 +74,11 @@ def add_comparison_commands(commands: Any) -> None:
     history.add_argument("folder", metavar="DIR", type=Path)
     history.add_argument("--case", metavar="P", help="only ids that match this pattern, or hold it")
     history.add_argument("--metric", metavar="M", help="only this metric")
-    for command in (compare, history):
+    report = commands.add_parser("report", help="one HTML page out of result files")
+    report.add_argument("files", metavar="FILE", type=Path, nargs="+", help="result files, or"
+                        " folders: their newest session is shown, all are its history")  # fmt: skip
+    report.add_argument("-o", "--output", metavar="HTML", type=Path, required=True)
+    for command in (compare, history, report):
         command.add_argument(
             "--subject", metavar="LIBRARY", help="order and name sessions by this library's version"
         )
@@ -270,6 +274,12 @@ def show_history(options: argparse.Namespace) -> None:
     write("\n".join(history_lines(found)))
 
 
+def make_report(options: argparse.Namespace) -> None:
+    from peftbench.report.html import write_report
+
+    write(write_report(options.files, options.output, options.subject))
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
@@ -277,6 +287,8 @@ def main(arguments: list[str] | None = None) -> int:
             return compare_files(options)
         if options.command == "history":
             show_history(options)
+        elif options.command == "report":
+            make_report(options)
         elif options.command == "list":
             list_tables()
         elif options.command == "env":
