@@ -142,7 +142,8 @@ def test_a_damaged_file_is_one_line_or_a_comparison(tmp_path_factory, data):
     whole = made.session([made.case(n) for n in NAMES[:2]])
     text = json.dumps(whole)
     if data.draw(st.booleans()):
-        text = text[: data.draw(st.integers(0, len(text) - 1))]
+        # a share, not a number: the time in the file has now one digit more and now one less
+        text = text[: int(data.draw(st.floats(0, 1, exclude_max=True)) * len(text))]
     else:
         rng = random.Random(data.draw(st.integers(0, 10**6)))
         replaced(whole, rng, data.draw(st.sampled_from([None, 7, "x", [], {}, -1.5])))
