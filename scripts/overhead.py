@@ -7,8 +7,8 @@
 2. The harness: the quick preset's wall time less the phases of its cases, of the children that
    score the bases, and the sentinels. Start-up ends when the first of them begins its work.
 
-Exits with 1 if a limit is passed: 1 % of the training's time on one thread (a CPU run is not
-sampled at all), and 0.3 s a case plus 8 s of start-up.
+Figures have their standard error. Exits with 1 if a limit is passed: 1 % of the training process's
+CPU time on one thread (a CPU run is not sampled at all), and 0.3 s a case plus 8 s of start-up.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def train_without_end(threads: int) -> None:
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = training.build_optimizer(trained, case.settings, case.settings.learning_rate)
-    steps: list[tuple[float, float]] = []
+    steps: list[tuple[float, float, float]] = []
     print("ready", flush=True)
     end_s = time.monotonic() + 1.2 * BLOCK_S * BLOCKS  # starting and stopping takes time too
     for window in cycle(windows):
-        started_s = time.monotonic()
+        started_s, cpu_s = time.monotonic(), time.process_time()
         loss = training.batch_loss(
             model, window.batches[0], "sft", case.settings,
             window_tokens=window.completion_tokens, reference=None,
@@ -78,14 +78,17 @@ def train_without_end(threads: int) -> None:
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        steps.append((started_s, time.monotonic() - started_s))
+        steps.append((started_s, time.monotonic() - started_s, time.process_time() - cpu_s))
         if time.monotonic() > end_s:
             break
     print(json.dumps(steps), flush=True)
 
 
-def sampler_ratio(threads: int) -> tuple[float, float]:
-    """(mean relative slow-down of a step while the sampler runs, its standard error)."""
+def sampler_ratio(threads: int) -> dict[str, tuple[float, float]]:
+    """By clock, (mean relative slow-down of a step while the sampler runs, its standard error).
+
+    `wall` holds what any neighbour takes as well; `cpu`, the training process's own time, does not.
+    """
     from peftbench.measuring.nvml import open_devices
     from peftbench.measuring.sampler import Sampler
 
@@ -116,23 +119,33 @@ def sampler_ratio(threads: int) -> tuple[float, float]:
         if watched:
             passes_s.append(sampler.stop().pass_s or 0.0)
     steps = json.loads(child.communicate()[0].splitlines()[-1])
-    medians = [
-        (watched, [s for at, s in steps if began <= at and at + s <= ended])
-        for watched, began, ended in blocks
-    ]
+    found = {
+        clock: slow_down(
+            [
+                (watched, [s[at] for s in steps if began <= s[0] and s[0] + s[1] <= ended])
+                for watched, began, ended in blocks
+            ]
+        )
+        for at, clock in ((1, "wall"), (2, "cpu"))
+    }
+    print(
+        f"sampler: {len(devices)} device, a pass of {statistics.mean(passes_s) * 1e6:.0f} us every"
+        f" 10 ms; a step {statistics.median(s[1] for s in steps) * 1e3:.1f} ms, {len(steps)} steps"
+    )
+    return found
+
+
+def slow_down(blocks: list[tuple[bool, list[float]]]) -> tuple[float, float]:
+    """(mean, standard error) of watched over unwatched steps - 1; four blocks are compared."""
     ratios = []
-    for at in range(0, BLOCKS - 3, 4):
-        group = medians[at : at + 4]
+    for at in range(0, len(blocks) - 3, 4):
+        group = blocks[at : at + 4]
         if all(found for _, found in group):  # a neighbour may have stopped a whole block
             off, on = (
                 [statistics.median(found) for w, found in group if w == kind]
                 for kind in (False, True)
             )
             ratios.append(sum(on) / sum(off) - 1)
-    print(
-        f"sampler: {len(devices)} device, a pass of {statistics.mean(passes_s) * 1e6:.0f} us every"
-        f" 10 ms; a step {statistics.median(s for _, s in steps) * 1e3:.1f} ms, {len(steps)} steps"
-    )
     return statistics.mean(ratios), statistics.stdev(ratios) / math.sqrt(len(ratios))
 
 
@@ -183,10 +196,9 @@ def main() -> int:
             ).returncode
     ratios = {}
     for threads in (1, os.cpu_count() or 1):
-        ratios[threads], error = sampler_ratio(threads)
-        print(
-            f"  {threads} thread(s): {ratios[threads]:+.2%} +- {error:.2%} (standard error) a step"
-        )
+        ratios[threads] = sampler_ratio(threads)
+        for clock, (mean, error) in ratios[threads].items():
+            print(f"  {threads} thread(s), {clock} time of a step: {mean:+.2%} +- {error:.2%}")
     with tempfile.TemporaryDirectory() as folder:
         outside_s, start_s, cases = harness_s(Path(folder), sys.argv[1:])
     limit_s = MOST_START_S + MOST_CASE_S * cases
@@ -194,7 +206,7 @@ def main() -> int:
         f"harness: {outside_s:.1f} s outside all phases, {(outside_s - start_s) / cases:.2f} s a"
         f" case and a start-up of {start_s:.1f} s; limit {limit_s:.1f} s"
     )
-    return int(ratios[1] > MOST_SAMPLER_RATIO or outside_s > limit_s)
+    return int(ratios[1]["cpu"][0] > MOST_SAMPLER_RATIO or outside_s > limit_s)
 
 
 if __name__ == "__main__":
