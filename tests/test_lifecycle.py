@@ -82,6 +82,7 @@ def assert_nothing_left(folder: Path, pids: Iterable[int]) -> None:
     assert list(folder.rglob(".tmp-*")) == []
 
 
+@pytest.mark.verify  # the normal suite has a segmentation fault among the ways to end
 def test_a_killed_child_is_crashed_and_the_next_case_runs(tmp_path):
     process = start(tmp_path, "--methods", "sft", *LONG)
     child = child_of(process, "tiny-gpt2-lora-sft")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,19 @@ def move_to(browser, x: float, y: float) -> None:
         )
 
 
+def hover(browser, at: list[float], selector: str) -> str:
+    """The text that an element shows when the pointer is there; a slow machine is waited for."""
+    end = time.monotonic() + 5
+    while True:
+        move_to(browser, *at)
+        time.sleep(0.2)
+        told = browser.execute_script(
+            "return document.querySelector(arguments[0]).textContent", selector
+        )
+        if told or time.monotonic() > end:
+            return str(told)
+
+
 def complaints(browser) -> list[str]:
     return [e["message"] for e in browser.get_log("browser") if e["level"] != "INFO"]
 
@@ -180,19 +194,14 @@ def test_hover_tells_why_a_number_is_missing_and_what_a_point_is(browser, pages)
         "e.scrollIntoView({block: 'center', inline: 'center', behavior: 'instant'});"
         "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]"
     )
-    move_to(browser, *at)
-    assert browser.find_element("id", "tip").text == "not measured: the run used cpu, no GPU"
+    assert hover(browser, at, "#tip") == "not measured: the run used cpu, no GPU"
     see(browser, "pareto")
     at = browser.execute_script(
         "const p = document.querySelector('#pareto-panels .points path');"
         "p.scrollIntoView({block: 'center', behavior: 'instant'});"
         "const r = p.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]"
     )
-    move_to(browser, *at)
-    told = browser.execute_async_script(
-        "const done = arguments[0]; setTimeout(() => done(document.querySelector("
-        "'#pareto-panels .hoverlayer').textContent), 300)"
-    )
+    told = hover(browser, at, "#pareto-panels .hoverlayer")
     assert "model-0-full-sft" in told
     assert "time 1.5 s" in told
 
