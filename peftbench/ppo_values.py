@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from peftbench.batches import collate
 from peftbench.case import Case
 from peftbench.data.task import TokenPair, TokenTask
-from peftbench.evaluation import Quality
+from peftbench.evaluation import Quality, sampled_pairs
 from peftbench.methods import uses_ppo
 from peftbench.methods.reward import true_statement_ratios, win_ratio
 from peftbench.reward_model import ScalarModel, pair_accuracy
@@ -88,11 +88,7 @@ def opinion_values(
     found: Values = {"reward_model_accuracy": pair_accuracy(reward_model, task.test, size)}
     for name, judged in (("reward_model_score", quality), ("reward_model_score_base", base)):
         if judged is not None:
-            rows = [
-                TokenPair(pair.prompt, tuple(ids), tuple(ids))
-                for pair, ids in zip(task.test, judged.completions, strict=False)
-            ]
-            found[name] = mean_score(reward_model, rows, size)
+            found[name] = mean_score(reward_model, sampled_pairs(task, judged.completions), size)
     return found
 
 

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from peftbench.show import read_rows
-from peftbench.summary import memory_of
+from peftbench.summary import MIB, memory_of
 
 START, END = "<!-- costs: made by `make costs` -->", "<!-- end of costs -->"
-MIB = 2**20
 HEADER = (
     "| model, adapter | method | method_s | of PPO's | pairs in PPO's time | peak MiB | preference"
     " accuracy | true reward | KL to base |"
