@@ -1,8 +1,8 @@
 """What measuring itself costs: `make overhead`.
 
 1. The sampler: a process trains without end, its parent reads the GPUs every 10 ms in every other
-   fifth of a second, and the steps of both kinds are compared, neighbour by neighbour. Without a GPU the
-   real pynvml reads the tests' stand-in for the driver's library.
+   fifth of a second, and the steps of both kinds are compared, neighbour by neighbour. Without a
+   GPU the real pynvml reads the tests' stand-in for the driver's library.
    On one thread, as a process that drives a GPU runs, and on all cores, where the sampler has none.
 2. The harness: the quick preset's wall time less the phases of its cases, of the children that
    score the bases, and the sentinels. Start-up ends when the first of them begins its work.
