@@ -219,9 +219,7 @@ def main() -> int:
     )
     mean, error = ratios[1]["cpu"]
     most = mean + 2 * error
-    print(
-        f"sampler, 1 thread: at most {most:.2%} of a step's CPU time; limit {MOST_SAMPLER_RATIO:.0%}"
-    )
+    print(f"sampler, 1 thread: at most {most:.2%} of the CPU time; limit {MOST_SAMPLER_RATIO:.0%}")
     return int(most > MOST_SAMPLER_RATIO or outside_s > limit_s)
 
 
