@@ -87,17 +87,23 @@ def token_counts(pairs: Sequence[TokenPair], sides: Sides) -> tuple[int, int]:
     return real, width * len(pairs) * (2 if sides == "both" else 1)
 
 
-def forward_logits(model: Any, batch: Batch, columns: int) -> torch.Tensor:
-    """Logits (R, columns, V) of the last `columns` positions; the head runs on these only."""
+def forward_logits(model: Any, batch: Batch, tokens: int) -> torch.Tensor:
+    """Logits (R, tokens, V) by which the last `tokens` columns are predicted.
+
+    Those at column t predict column t + 1; the head runs on these columns only.
+    """
+    kept = last_columns(batch.input_ids, tokens + 1)[:-1]
     # without padding there is nothing to mask beyond causality, and positions count from 0
     logits: torch.Tensor = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask if batch.padded else None,
         position_ids=batch.position_ids if batch.padded else None,
-        logits_to_keep=last_columns(batch.input_ids, columns),
+        logits_to_keep=kept,
         use_cache=False,
     ).logits
-    return logits[:, -columns:]  # a model that ignores `logits_to_keep` still gives the right cut
+    # A model that ignores `logits_to_keep` answers for every column. Where it does not, no slice
+    # is taken: the backward pass of one fills a tensor of the logits' size with zeros.
+    return logits if logits.shape[1] == tokens else logits[:, -tokens - 1 : -1]
 
 
 def last_columns(ids: torch.Tensor, columns: int) -> torch.Tensor:
@@ -118,18 +124,14 @@ def token_logprobs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def completion_logprobs(model: Any, batch: Batch) -> torch.Tensor:
-    """log p(completion token | all before it), (R, C) float32; 0 at padding.
-
-    The logits at column t predict column t + 1: C + 1 columns are kept and the last one dropped.
-    """
-    logits = forward_logits(model, batch, batch.completion_length + 1)[:, :-1]
+    """log p(completion token | all before it), (R, C) float32; 0 at padding."""
+    logits = forward_logits(model, batch, batch.completion_length)
     return token_logprobs(logits, batch.completion_ids) * batch.completion_mask
 
 
 def sequence_logprobs(model: Any, batch: Batch) -> torch.Tensor:
     """log p of every token but a row's first, (R, P + C - 1) float32; 0 where nothing is scored."""
-    columns = batch.input_ids.shape[1]
-    logits = forward_logits(model, batch, columns)[:, :-1]
+    logits = forward_logits(model, batch, batch.input_ids.shape[1] - 1)
     scored = batch.attention_mask[:, 1:].bool() & batch.attention_mask[:, :-1].bool()
     return token_logprobs(logits, batch.input_ids[:, 1:]) * scored
 

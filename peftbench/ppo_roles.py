@@ -131,7 +131,7 @@ def score_tokens(
     """
     columns = batch.completion_length
     with last_hidden(model) as hidden:
-        logits = forward_logits(model, batch, columns + 1)[:, :-1]
+        logits = forward_logits(model, batch, columns)
     if temperature != 1.0:
         logits = logits / temperature
     logprobs = token_logprobs(logits, batch.completion_ids) * batch.completion_mask

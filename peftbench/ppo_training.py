@@ -3,7 +3,8 @@
 Policy, reference, reward and value are trees of modules over the same frozen weights, so nothing is
 switched. Passes over the base per update: the rollout (one over the prompts, then one token at a
 time), policy and old values together, reference, reward; then forward and backward of policy and
-value together, `ppo_epochs` times. `full` has no frozen base: a frozen copy is its reference.
+value together, `ppo_epochs` times, where the first micro-batch's forward pass is the scoring's.
+`full` has no frozen base: a frozen copy is its reference.
 
 docs/ppo.md maps the 34 lines of the PPO checklist to the code here and its tests.
 """
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 ADAM_EPS = 1e-5  # source: N implementation details of RLHF with PPO, detail 28
 # How far the ratio of the first minibatch may be from 1: rounding, nothing else.
 RATIO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+# And the mean log-probability of a drawn token, at sampling with its cache, from the scored one.
+SAMPLING_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,15 @@ class Experience:
     values: torch.Tensor
     advantages: torch.Tensor  # whitened
     returns: torch.Tensor
+
+
+@dataclass
+class Kept:
+    """A micro-batch that was scored with its graph: its learning needs no forward pass."""
+
+    rows: list[int]
+    logprobs: torch.Tensor
+    values: torch.Tensor
 
 
 class PPO:
@@ -104,9 +116,10 @@ class PPO:
         started_s = time.perf_counter()
         sampled = self.roll_out(index)
         rolled_s = time.perf_counter()
-        experience, row = self.score(index, sampled)
+        orders = self.orders(index)
+        experience, row, kept = self.score(index, sampled, orders[0])
         scored_s = time.perf_counter()
-        row |= self.learn(index, experience)
+        row |= self.learn(experience, orders, kept)
         ended_s = time.perf_counter()
         lengths = [len(c) for c in sampled.completions]
         self.rows_read += [p.prompt + p.chosen for p in sampled.pairs]
@@ -135,32 +148,49 @@ class PPO:
         self.model.train(was_training)
         return sampled
 
+    def orders(self, index: int) -> list[list[int]]:
+        """The episodes' order in each epoch of an update."""
+        self.permutations.manual_seed(self.settings.seed * 100_003 + index)
+        return [
+            torch.randperm(self.settings.ppo_batch_size, generator=self.permutations).tolist()
+            for _ in range(self.settings.ppo_epochs)
+        ]
+
     def score(
-        self, index: int, sampled: Rollout
-    ) -> tuple[Experience, dict[str, float | int | None]]:
-        """Old log-probabilities, values, reference and reward of what was sampled."""
+        self, index: int, sampled: Rollout, order: list[int]
+    ) -> tuple[Experience, dict[str, float | int | None], Kept]:
+        """Old log-probabilities, values, reference and reward of what was sampled.
+
+        `order` is the first epoch's. Its first micro-batch comes last and keeps its graph: nothing
+        is held beside it, and nothing is computed twice.
+        """
         settings, roles, pairs = self.settings, self.roles, sampled.pairs
         lengths = torch.tensor([[len(c)] for c in sampled.completions], device=self.device)
         mask = torch.arange(sampled.logprobs.shape[1], device=self.device) < lengths
         old, values, reference = (torch.zeros_like(sampled.logprobs) for _ in range(3))
         scores = torch.zeros(len(pairs), device=self.device)
         entropy = torch.zeros((), device=self.device)
-        with torch.no_grad(), self.autocast():
-            for at in range(0, len(pairs), self.micro_batch):
-                rows = slice(at, at + self.micro_batch)
-                batch = collate(pairs[rows], "chosen", self.device)
-                width = batch.completion_length
-                old[rows, :width], found, logits = self.policy(batch)
-                values[rows, :width] = found
-                # row by row: a batch's worth of probabilities would be as large as its logits
-                for row_logits, kept in zip(logits, batch.completion_mask, strict=True):
-                    entropy += (ppo.entropy(row_logits) * kept).sum()
-                del logits
-                reference[rows, :width] = score_tokens(
+        chunks = [
+            order[at : at + self.micro_batch] for at in range(0, len(order), self.micro_batch)
+        ]
+        for rows in reversed(chunks):
+            picked = torch.tensor(rows, device=self.device)
+            batch = collate([pairs[i] for i in rows], "chosen", self.device)
+            width = batch.completion_length
+            with torch.no_grad(), self.autocast():
+                reference[picked, :width] = score_tokens(
                     roles.reference, batch, settings.ppo_temperature, None
                 )[0]
                 if roles.reward_model is not None:
-                    scores[rows] = roles.reward_model.scores(batch)
+                    scores[picked] = roles.reward_model.scores(batch)
+            with torch.set_grad_enabled(rows is chunks[0]), self.autocast():
+                logprobs, found, logits = self.policy(batch)
+            old[picked, :width], values[picked, :width] = logprobs.detach(), found.detach()
+            # row by row: a batch's worth of probabilities would be as large as its logits
+            for row_logits, counts in zip(logits.detach(), batch.completion_mask, strict=True):
+                entropy += (ppo.entropy(row_logits) * counts).sum()
+            del logits
+        kept = Kept(chunks[0], logprobs, found)
         if roles.reward_model is not None and index == 0:
             # the policy has not moved: these are samples of the reference
             scores = roles.reward_model.normalise(scores)
@@ -175,19 +205,21 @@ class PPO:
             rewards, values, mask, settings.ppo_gamma, settings.ppo_gae_lambda
         )
         k1, k2, k3 = (ppo.masked_mean(k, mask) for k in ppo.kl_estimates(old, reference))
+        gap = ppo.masked_mean((sampled.logprobs - old).abs(), mask)
         means = torch.stack([
-            sampled.ended.float().mean(), scores.mean(), scores.std(correction=0), k1, k2, k3,
+            gap, sampled.ended.float().mean(), scores.mean(), scores.std(correction=0), k1, k2, k3,
             entropy / mask.sum(), ppo.explained_variance(values, returns, mask),
         ])  # fmt: skip
         numbers = torch.cat([means, scores]).tolist()  # waits for the device
         check_finite(numbers[len(means) :])
+        self.check_sampling(numbers[0])
         names = ("eos_ratio", "reward_mean", "reward_std", "kl_k1", "kl_k2", "kl_k3", "entropy",
                  "explained_variance")  # fmt: skip
-        row: dict[str, float | int | None] = dict(zip(names, numbers[: len(means)], strict=True))
+        row: dict[str, float | int | None] = dict(zip(names, numbers[1 : len(means)], strict=True))
         if not math.isfinite(numbers[len(means) - 1]):
             row["explained_variance"] = None  # all returns are equal: nothing to explain
         experience = Experience(pairs, mask, old, values, ppo.whiten(advantages, mask), returns)
-        return experience, row
+        return experience, row, kept
 
     def policy(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(log-probabilities, values, logits): one pass where the value is a head on the trunk."""
@@ -200,21 +232,20 @@ class PPO:
         assert values is not None
         return logprobs, values, logits
 
-    def learn(self, index: int, experience: Experience) -> dict[str, float | int | None]:
-        """`ppo_epochs` passes over the episodes, each in an order of its own; one optimiser step a
-        minibatch."""
-        settings = self.settings
-        self.permutations.manual_seed(settings.seed * 100_003 + index)
-        minibatch = settings.ppo_minibatch
+    def learn(
+        self, experience: Experience, orders: list[list[int]], kept: Kept
+    ) -> dict[str, float | int | None]:
+        """A pass over the episodes in each of these orders; one optimiser step a minibatch."""
+        settings, minibatch = self.settings, self.settings.ppo_minibatch
         sums: list[torch.Tensor] = []
         counts: list[tuple[int, int]] = []
-        for _ in range(settings.ppo_epochs):
-            order = torch.randperm(len(experience.pairs), generator=self.permutations).tolist()
+        for order in orders:
             for at in range(0, len(order), minibatch):
                 self.clock.mark()
                 self.optimizer.zero_grad(set_to_none=True)
-                sums.append(self.minibatch(experience, order[at : at + minibatch], counts))
-                if index == 0 and len(sums) == 1:
+                first = None if sums else kept
+                sums.append(self.minibatch(experience, order[at : at + minibatch], counts, first))
+                if not self.losses and len(sums) == 1:
                     self.check_gradients()
                 if settings.max_grad_norm > 0:
                     torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm)
@@ -234,10 +265,14 @@ class PPO:
         return dict(zip(names, columns, strict=False))
 
     def minibatch(
-        self, experience: Experience, order: list[int], counts: list[tuple[int, int]]
+        self,
+        experience: Experience,
+        order: list[int],
+        counts: list[tuple[int, int]],
+        kept: Kept | None,
     ) -> torch.Tensor:
         """Gradients of one minibatch; (5,) policy loss, value loss, k3 of old and new, share of
-        clipped tokens, and the largest |log ratio|."""
+        clipped tokens, and the largest |log ratio|. `kept` is its first micro-batch, if scored."""
         settings, size = self.settings, self.micro_batch
         tokens = sum(len(experience.pairs[i].chosen) for i in order)
         total = torch.zeros(5, device=self.device)
@@ -253,8 +288,11 @@ class PPO:
                 for t in (experience.logprobs, experience.values, experience.advantages,
                           experience.returns)
             )  # fmt: skip
-            with self.autocast():
-                logprobs, values, _ = self.policy(batch)
+            if kept is not None and kept.rows == rows:
+                logprobs, values = kept.logprobs, kept.values
+            else:
+                with self.autocast():
+                    logprobs, values, _ = self.policy(batch)
             clip = settings.ppo_clip_range
             policy = ppo.policy_loss(logprobs, old, advantages, mask, clip, tokens)
             value = ppo.value_loss(values, old_values, returns, mask, clip, tokens)
@@ -266,6 +304,14 @@ class PPO:
                 total[:4] += torch.stack([policy.detach(), value.detach(), k3, clipped])
                 total[4] = torch.maximum(total[4], ((logprobs - old) * mask).abs().max())
         return total
+
+    def check_sampling(self, gap: float) -> None:
+        """Raise RuntimeError unless what was sampled came from the policy that was scored."""
+        if not gap <= SAMPLING_TOLERANCE[self.settings.dtype]:
+            raise RuntimeError(
+                f"the completions were not drawn from the policy that was scored: their"
+                f" log-probabilities differ by {gap:.2g} a token"
+            )
 
     def check_first_minibatch(self, step: list[float]) -> None:
         """Raise RuntimeError unless the policy of the first minibatch is the one that was scored.

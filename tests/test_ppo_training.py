@@ -123,6 +123,63 @@ def test_generated_logprobs_are_the_teacher_forced_ones(name, adapter):
     assert (other - drawn.logprobs).abs().max() > 1e-2  # the temperature is in both
 
 
+def wide_model(name: str) -> Any:
+    """Random, with weights of more than LARGE_WEIGHT entries."""
+    torch.manual_seed(1)
+    if name == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=400, n_positions=64, n_embd=256, n_layer=2, n_head=4)
+        ).eval()
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(("name", "adapter"), [(n, a) for n, a in EVERY if a != "qlora"])
+def test_the_tree_of_token_steps_answers_as_the_model(name, adapter, monkeypatch):
+    """With LoRA folded in or too large for it, with the adapter on or off; the model is kept."""
+    model = wide_model(name)
+    disable_dropout(model)
+    model = adapters.attach(model, adapter, SETTINGS)
+    disturb(model)
+    model.eval()
+    base = model.get_base_model() if adapter != "full" else model
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    ids = torch.arange(12).view(4, 3)
+
+    def difference() -> float:
+        tree = rollout.few_rows_tree(base, len(ids))
+        with torch.no_grad():
+            return float((tree(ids).logits - base(ids).logits).abs().max())
+
+    assert difference() < 1e-4
+    tree = rollout.few_rows_tree(base, len(ids))
+    kinds = {type(module).__name__ for module in tree.modules()}
+    assert "FewRowsLinear" in kinds  # the head at least
+    assert adapter != "lora" or not any("lora" in n for n, _ in tree.named_parameters())
+    own = {p.data_ptr() for p in model.parameters()}
+    copies = sum(p.nbytes for p in tree.parameters() if p.data_ptr() not in own)
+    assert copies <= rollout.FOLDED_BYTES if adapter == "lora" else copies == 0
+    if adapter == "lora":
+        with model.disable_adapter():
+            assert difference() < 1e-4
+        monkeypatch.setattr(rollout, "FOLDED_BYTES", 0)
+        assert difference() < 1e-4
+        tree = rollout.few_rows_tree(base, len(ids))
+        assert all(p.data_ptr() in own for p in tree.parameters())
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_what_is_drawn_is_of_the_right_shape_and_never_impossible():
+    logprobs = torch.log_softmax(torch.randn(3000, 50), -1)
+    logprobs[:, ::2] = -math.inf
+    drawn = rollout.draw(logprobs, torch.Generator().manual_seed(0))
+    assert drawn.shape == (3000, 1)
+    assert (drawn % 2 == 1).all()
+
+
 def test_a_completion_ends_with_its_first_eos_and_nothing_counts_after_it():
     model, _, _ = start("gpt2", "lora")
     prompts = [(5, 6, 7)] * 64
@@ -278,14 +335,34 @@ def test_another_policy_than_the_scored_one_is_noticed(monkeypatch):
     """Trap 5, left padding without position ids, in the scoring alone."""
     kept = ppo_training.PPO.score
 
-    def wrong(self, index, sampled):
-        experience, row = kept(self, index, sampled)
+    def wrong(self, index, sampled, order):
+        experience, *rest = kept(self, index, sampled, order)
         experience.logprobs += 0.05
-        return experience, row
+        return experience, *rest
 
     monkeypatch.setattr(ppo_training.PPO, "score", wrong)
     with pytest.raises(RuntimeError, match=r"log ratio up to 0\.05"):
         run("gpt2", "lora")
+
+
+@pytest.mark.parametrize("gradient_accumulation", [1, 2])
+def test_completions_of_another_policy_than_the_scored_one_are_noticed(
+    gradient_accumulation, monkeypatch
+):
+    """A policy that moves between rollout and scoring, by less than one would see."""
+    kept = ppo_training.PPO.roll_out
+
+    def moved(self, index):
+        sampled = kept(self, index)
+        with torch.no_grad():
+            for parameter in self.policy_parameters:
+                parameter += 0.02
+        return sampled
+
+    monkeypatch.setattr(ppo_training.PPO, "roll_out", moved)
+    with pytest.raises(RuntimeError, match="were not drawn from the policy that was scored"):
+        run("gpt2", "lora", batch_size=4 // gradient_accumulation,
+            gradient_accumulation=gradient_accumulation)  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "adapter"), EVERY)
@@ -323,6 +400,11 @@ def test_micro_batches_do_not_change_the_step():
     assert one == pytest.approx(two, abs=1e-5)
     weights = [adapters.snapshot(m) for m, _ in found]
     assert all(torch.allclose(weights[0][n], weights[1][n], atol=1e-4) for n in weights[0])
+
+
+def test_gradient_checkpointing_does_not_change_the_step():
+    losses = [run("llama", "lora", gradient_checkpointing=g)[1].losses for g in (False, True)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 def test_a_seed_repeats_bit_for_bit_and_another_does_not():
@@ -505,7 +587,7 @@ def test_the_last_returns_are_those_of_the_rewards():
     torch.nn.init.normal_(roles.value_head.weight)
     state = ppo_training.PPO(model, roles, make_task(), settings, EOS)
     sampled = state.roll_out(0)
-    experience, _ = state.score(0, sampled)
+    experience, _, _ = state.score(0, sampled, state.orders(0)[0])
     for row, completion in enumerate(sampled.completions):
         n = len(completion)
         score = sum(t == 5 for t in completion) / n

@@ -127,10 +127,10 @@ def floors(model: Any, roles: Roles, work: PPOWork, settings: Settings) -> dict[
     prompts_s = read_s + 2 * rows * (trunk * prompt + head) / rate
     last = work.updates - 1
     sampled = state.roll_out(last)
-    experience, _ = state.score(last, sampled)
-    score_flops = count_flops(lambda: state.score(last, sampled))
-    order = list(range(rows))
-    learn_flops = work.epochs * count_flops(lambda: state.minibatch(experience, order, []))
+    orders = state.orders(last)
+    score_flops = count_flops(lambda: state.score(last, sampled, orders[0]))
+    experience, _, kept = state.score(last, sampled, orders[0])
+    learn_flops = count_flops(lambda: state.learn(experience, orders, kept))
     return machine | {
         "token_step_s": step_s,
         "rollout_s": prompts_s + (work.response_length - 1) * step_s,
