@@ -5,17 +5,15 @@ Reads what `pytest bench --benchmark-json` wrote and the single round files of `
 
 from __future__ import annotations
 
-import json
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peftbench import __version__
 from peftbench.case import Settings
 from peftbench.errors import UserError, unknown_name
 from peftbench.metrics import METRICS, PHASES
-from peftbench.record import FORMAT
+from peftbench.result_files import case_records, read_json, reading
 from peftbench.summary import MIB, summary_lines, table
 
 # METRICS is in sections; each begins with the metric named here and ends where the next begins.
@@ -30,7 +28,6 @@ SECTIONS = {
 COMPANIONS = {"_se": "standard error", "_base": "base", "_unquantized_base": "unquantized base"}
 BAR_WIDTH = 24  # characters of the longest phase's bar
 TEXT_WIDTH = 88
-GIVE = "give a file that `pytest bench --benchmark-json=FILE` wrote, or one of --results-dir"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -39,46 +36,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     A metric that is newer than the file is null with that reason.
     Raises: UserError for a file that is missing, no JSON, of another program, newer or damaged.
     """
-    data = _read_json(path)
-    session = data.get("peftbench")
-    if isinstance(session, dict) and "format" in session:
-        _check_format(path, session["format"])
-        records = [b.get("extra_info", {}) for b in data.get("benchmarks", [])]
-        by_key = {(r["case_id"], r["case_hash"]): r for r in records if "case_id" in r}
-        rows = [by_key.get((c["case_id"], c["case_hash"]), c) for c in session.get("cases", [])]
-    elif {"format", "case_id", "status"} <= set(data):
-        _check_format(path, data["format"])
-        rows = [data]
-    else:
-        raise UserError(f"{str(path)!r} is JSON, but not of peftbench; {GIVE}")
-    if not rows:
-        raise UserError(f"{str(path)!r} holds no case: the run ended before its first one")
-    return [_completed(path, row) for row in rows]
+    data = read_json(path)
+    with reading(path):
+        return [_completed(record) for record in case_records(data)]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r} ({error.strerror}); {GIVE}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{str(path)!r} is not JSON ({error}); {GIVE}") from None
-    return data if isinstance(data, dict) else {}
-
-
-def _check_format(path: Path, found: int) -> None:
-    if found > FORMAT:
-        raise UserError(
-            f"{str(path)!r} has format {found}; peftbench {__version__} reads up to {FORMAT}:"
-            " upgrade peftbench"
-        )
-
-
-def _completed(path: Path, row: dict[str, Any]) -> dict[str, Any]:
+def _completed(row: dict[str, Any]) -> dict[str, Any]:
     if row["status"] != "ok":
         return row
     if "train_s" not in row:
-        raise UserError(f"{str(path)!r} is damaged: {row['case_id']} is ok but has no record in it")
+        raise UserError(f"is damaged: {row['case_id']} is ok but has no record in it")
     absent = [name for name in METRICS if name not in row]
     reasons = dict.fromkeys(absent, "the file is older than this metric") | row["null_reasons"]
     return {"disturbances": []} | row | dict.fromkeys(absent) | {"null_reasons": reasons}

@@ -22,7 +22,8 @@ CHILD_ONLY = {
 LAYERS = [
     {"errors", "metrics", "measuring.nvml", "privacy", "out_of_memory", "preloaded", "methods"},
     {"case", "record", "data.task", "measuring.host", "progress", "summary", "provenance"},
-    {"data.tinywiki", "data.wikipedia", "data.tokens", "measuring.sampler", "show"},
+    {"data.tinywiki", "data.wikipedia", "data.tokens", "measuring.sampler", "result_files"},
+    {"show"},
     {"hub", "model_files", "data.assets", "data.corpus", "data.preference", "measuring.energy"},
     {"data.files", "measuring.gpu"},
     {"data.hub"},
@@ -43,8 +44,8 @@ LAYERS = [
         "methods.orpo",
         "methods.ppo",
         "methods.reward",
-        "rollout",
     },
+    {"rollout"},
     {"models", "evaluation"},
     # comparing: from files to words, above what it reads and beside what runs
     {"compare.load", "compare.rules", "compare.statistics"},

@@ -190,6 +190,7 @@ def test_each_way_to_end_has_its_status_and_leaves_nothing_behind(tmp_path):
     )
 
 
+@pytest.mark.verify
 def test_a_full_disk_keeps_what_was_written_and_says_how_to_go_on(tmp_path):
     """A real one: a small file system of its own, filled while the second case runs."""
     disk = tmp_path / "disk"

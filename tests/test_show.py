@@ -13,8 +13,10 @@ import pytest
 from peftbench import __version__, show
 from peftbench.case import Case, Settings
 from peftbench.cli import main
+from peftbench.compare.load import read_session
 from peftbench.metrics import METRICS
 from peftbench.record import FORMAT, dumps, measured, merge_rounds
+from peftbench.result_files import GIVE
 
 COMMITTED = sorted((Path(__file__).parent.parent / "results").glob("*/quick/*.json"))[-1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -300,11 +302,34 @@ def test_cases_of_one_id_are_told_apart_by_their_hash(shown, tmp_path, capsys):
     )
 
 
+# older files
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("session-*.json"))
+
+
+def test_there_is_a_golden_file_of_every_format():
+    assert [int(file.stem.removeprefix("session-")) for file in GOLDEN] == list(
+        range(1, FORMAT + 1)
+    )
+
+
+@pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.stem)
+def test_a_file_of_every_format_keeps_loading_and_its_cases_their_hashes(file):
+    """Written by the first version of that format: metrics and settings of today were unknown."""
+    rows = show.read_rows(file)
+    assert [Case.from_dict(r["case"]).hash for r in rows] == [r["case_hash"] for r in rows]
+    assert all(set(METRICS) <= set(r) for r in rows)
+    assert rows[0]["null_reasons"]["reward_model_s"] == "the file is older than this metric"
+    session = read_session(file)
+    assert set(session.cases) == {(r["case_id"], r["case_hash"]) for r in rows}
+    assert all(row.rounds and row.rounds[0].values for row in session.cases.values())
+
+
 # mistakes
 
 
-GIVE = "give a file that `pytest bench --benchmark-json=FILE` wrote, or one of --results-dir"
-NEWER = f"has format {FORMAT + 1}; peftbench {__version__} reads up to {FORMAT}: upgrade peftbench"
+READS = f"peftbench {__version__} reads 1 to {FORMAT}"
+NEWER = f"has format {FORMAT + 1}; {READS}: upgrade peftbench; {GIVE}"
 OTHER = f"is JSON, but not of peftbench; {GIVE}"
 
 
@@ -320,9 +345,10 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         "other program": write(folder / "e.json", {"peftbench": {"version": 3}}),
         "newer": write(folder / "f.json", {"peftbench": {"format": FORMAT + 1}, "benchmarks": []}),
         "newer round": write(folder / "g.json", record(LORA) | {"format": FORMAT + 1}),
-        "no case": write(folder / "h.json", {"peftbench": {"format": 1, "cases": []}}),
+        "no case": write(folder / "h.json", {"peftbench": {"format": 1}, "benchmarks": []}),
         "damaged": write(
-            folder / "i.json", {"peftbench": {"format": 1, "cases": [FAILED | {"status": "ok"}]}}
+            folder / "i.json",
+            {"peftbench": {"format": 1, "cases": [FAILED | {"status": "ok"}]}, "benchmarks": []},
         ),
         "missing": folder / "none.json",
         "a folder": folder,
@@ -337,8 +363,8 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         "other program": f"FILE {OTHER}",
         "newer": f"FILE {NEWER}",
         "newer round": f"FILE {NEWER}",
-        "no case": "FILE holds no case: the run ended before its first one",
-        "damaged": "FILE is damaged: tiny-gpt2-full-sft is ok but has no record in it",
+        "no case": f"FILE holds no case: the run ended before its first one; {GIVE}",
+        "damaged": f"FILE is damaged: tiny-gpt2-full-sft is ok but has no record in it; {GIVE}",
         "missing": f"cannot read FILE (No such file or directory); {GIVE}",
         "a folder": f"cannot read FILE (Is a directory); {GIVE}",
     }

@@ -6,19 +6,17 @@ one session put their rounds together, and the same round is taken once.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from peftbench import __version__
 from peftbench.errors import UserError
 from peftbench.metrics import METRICS
-from peftbench.record import FORMAT, STATUSES
+from peftbench.record import STATUSES
+from peftbench.result_files import case_records, read_json, reading, session_part
 
-GIVE = "give a file that `pytest bench --benchmark-json=FILE` wrote, or a folder of them"
 VERDICT_SCHEMA = "peftbench-verdicts"  # our own verdict files may lie beside the results
 Key = tuple[str, str]  # case id, case hash
 
@@ -87,44 +85,13 @@ def read_session(path: Path) -> Session:
     Raises: UserError for a file that is missing, no JSON, of another program, newer or damaged.
     """
     data = read_json(path)
-    try:
+    with reading(path):
         return session_of(path.name, data)
-    except UserError as error:
-        raise UserError(f"{str(path)!r} {error}; {GIVE}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        detail = f"{type(error).__name__}: {error}"
-        raise UserError(f"{str(path)!r} is damaged ({detail}); {GIVE}") from None
-
-
-def read_json(path: Path) -> Any:
-    """Raises: UserError for what cannot be read or is no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r} ({error.strerror}); {GIVE}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{str(path)!r} is not JSON ({error}); {GIVE}") from None
 
 
 def session_of(name: str, data: Any) -> Session:
     """Raises: UserError, without the file's name, for JSON that is no session of ours."""
-    if not isinstance(data, dict):
-        raise UserError("is JSON, but not of peftbench")
-    ours = data.get("peftbench")
-    if isinstance(ours, dict) and "format" in ours:
-        check_format(ours["format"])
-        records = [b.get("extra_info", {}) for b in data["benchmarks"]]
-        by_key = {(r["case_id"], r["case_hash"]): r for r in records if "case_id" in r}
-        listed = [by_key.get((c["case_id"], c["case_hash"]), c) for c in ours.get("cases", [])]
-        in_list = {(r["case_id"], r["case_hash"]) for r in listed}
-        listed += [r for key, r in by_key.items() if key not in in_list]
-    elif {"format", "case_id", "status"} <= set(data):
-        check_format(data["format"])
-        ours, listed = {}, [data]
-    else:
-        raise UserError("is JSON, but not of peftbench")
-    if not listed:
-        raise UserError("holds no case: the run ended before its first one")
+    listed, ours = case_records(data), session_part(data)
     cases: dict[Key, CaseRow] = {}
     for record in listed:
         row = case_row(record)
@@ -138,13 +105,6 @@ def session_of(name: str, data: Any) -> Session:
         metric_versions={str(k): int(v) for k, v in (ours.get("metric_versions") or {}).items()},
         cases=cases,
     )
-
-
-def check_format(found: Any) -> None:
-    if not isinstance(found, int) or not 1 <= found <= FORMAT:
-        raise UserError(
-            f"has format {found!r}; peftbench {__version__} reads 1 to {FORMAT}: upgrade peftbench"
-        )
 
 
 def case_row(record: dict[str, Any]) -> CaseRow:

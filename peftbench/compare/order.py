@@ -15,16 +15,15 @@ from packaging.version import InvalidVersion, Version
 
 from peftbench.compare.index import read_indexed
 from peftbench.compare.load import (
-    GIVE,
     VERDICT_SCHEMA,
     CaseRow,
     Key,
     Session,
     merged,
-    read_json,
     read_session,
 )
 from peftbench.errors import UserError
+from peftbench.result_files import GIVE, read_json
 
 SPLIT_WITHIN_S = 24 * 3600.0  # jobs of one matrix start within a day of each other
 

@@ -19,7 +19,6 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from peftbench import __version__
-from peftbench.compare.load import GIVE
 from peftbench.compare.order import place_name
 from peftbench.compare.rules import read_rules
 from peftbench.errors import UserError
@@ -34,6 +33,7 @@ from peftbench.report.sources import Part, read_parts
 from peftbench.report.sparklines import sparklines_of
 from peftbench.report.table import COLUMNS, cells, change_of, definition
 from peftbench.report.takeaways import QUESTIONS, statuses, winners
+from peftbench.result_files import GIVE
 
 SCRIPTS = ("common.js", "table.js", "figures.js")
 

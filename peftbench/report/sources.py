@@ -11,11 +11,12 @@ from typing import Any
 from peftbench.compare.compare import compare
 from peftbench.compare.history import History, history_of
 from peftbench.compare.index import read_indexed
-from peftbench.compare.load import GIVE, CaseRow, Session, read_json, read_session
+from peftbench.compare.load import CaseRow, Session, read_session
 from peftbench.compare.order import in_order, is_verdict_file, joined, without_copies
 from peftbench.compare.rules import Rules
 from peftbench.compare.verdicts import Comparison
 from peftbench.errors import UserError
+from peftbench.result_files import GIVE, case_records, read_json
 
 READ_WHOLE = 20  # more files than these go through the index, as `peftbench history` reads them
 SAME_CASES_SHARE = 0.5  # of the larger session's case ids
@@ -104,20 +105,12 @@ def records_of(session: Session, paths: list[Path]) -> dict[tuple[str, str], dic
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for path in paths:
-        for record in raw_records(read_json(path)):
+        for record in case_records(read_json(path)):
             key = (str(record.get("case_id")), str(record.get("case_hash")))
             row = session.cases.get(key)
             if row is not None and is_record_of(record, row) and key not in found:
                 found[key] = record
     return {key: found.get(key, {}) for key in session.cases}
-
-
-def raw_records(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """Records of a file that `read_session` has accepted; those that did not end ok come last."""
-    if "peftbench" not in data or "benchmarks" not in data:
-        return [data]
-    full = [b.get("extra_info") or {} for b in data["benchmarks"]]
-    return [*full, *data["peftbench"].get("cases", [])]
 
 
 def is_record_of(record: dict[str, Any], row: CaseRow) -> bool:

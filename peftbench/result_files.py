@@ -1,0 +1,74 @@
+"""What peftbench wrote, read again: a session's file, or one round's of `--results-dir`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peftbench import __version__
+from peftbench.errors import UserError
+from peftbench.record import FORMAT
+
+GIVE = "give a file that `pytest bench --benchmark-json=FILE` wrote, or a folder of them"
+
+
+def read_json(path: Path) -> Any:
+    """Raises: UserError for what cannot be read or is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r} ({error.strerror}); {GIVE}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{str(path)!r} is not JSON ({error}); {GIVE}") from None
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong inside is a UserError that names the file and says what to give instead."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{str(path)!r} {error}; {GIVE}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise UserError(f"{str(path)!r} is damaged ({detail}); {GIVE}") from None
+
+
+def session_part(data: Any) -> dict[str, Any]:
+    """What the session says of itself; {} for one round's file."""
+    found: dict[str, Any] = data.get("peftbench") or {}
+    return found
+
+
+def case_records(data: Any) -> list[dict[str, Any]]:
+    """The record of every case, in the file's order; what did not end ok has its short row.
+
+    Raises: UserError, without the file's name, for JSON that is not ours, newer, or without a case;
+    KeyError, TypeError or AttributeError for ours that is damaged.
+    """
+    ours = data.get("peftbench") if isinstance(data, dict) else None
+    if isinstance(ours, dict) and "format" in ours:
+        check_format(ours["format"])
+        full = [b.get("extra_info", {}) for b in data["benchmarks"]]
+        by_key = {(r["case_id"], r["case_hash"]): r for r in full if "case_id" in r}
+        records = [by_key.get((c["case_id"], c["case_hash"]), c) for c in ours.get("cases", [])]
+        listed = {(r["case_id"], r["case_hash"]) for r in records}
+        records += [r for key, r in by_key.items() if key not in listed]
+    elif isinstance(data, dict) and {"format", "case_id", "status"} <= set(data):
+        check_format(data["format"])
+        records = [data]
+    else:
+        raise UserError("is JSON, but not of peftbench")
+    if not records:
+        raise UserError("holds no case: the run ended before its first one")
+    return records
+
+
+def check_format(found: Any) -> None:
+    if not isinstance(found, int) or not 1 <= found <= FORMAT:
+        raise UserError(
+            f"has format {found!r}; peftbench {__version__} reads 1 to {FORMAT}: upgrade peftbench"
+        )
