@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from peftbench.case import Settings
 
 
+NO_EOS = -1  # an id that is never drawn
+
+
 @dataclass(frozen=True)
 class TextScore:
     """Held-out text, by windows: the sums from which every text metric follows."""
@@ -173,27 +176,15 @@ def score_pairs(model: Any, pairs: Sequence[TokenPair], batch_size: int) -> Pair
 def sample(
     model: Any, pairs: Sequence[TokenPair], settings: Settings, eos_id: int | None
 ) -> list[list[int]]:
-    """Completions of the pairs' prompts, drawn from the model's own distribution.
-
-    The model's `generation_config` (top_k 50 and the like) is overridden: what is sampled is what
-    `completion_logprobs` scores. A completion ends with EOS or after `eval_sample_length` tokens.
+    """Completions of the pairs' prompts, seeded, as `rollout.sample` draws them: what is sampled is
+    what `completion_logprobs` scores. They end with EOS or after `eval_sample_length` tokens.
     """
-    from transformers import GenerationConfig
-
     device = next(model.parameters()).device
-    batch = collate(pairs, "chosen", device)
-    prompts = batch.input_ids[:, : batch.prompt_mask.shape[1]]
-    plain = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True, pad_token_id=0,
-        max_new_tokens=settings.eval_sample_length, eos_token_id=eos_id,
+    drawn = rollout.sample(
+        model, [pair.prompt for pair in pairs], settings.eval_sample_length, 1.0,
+        NO_EOS if eos_id is None else eos_id, torch.Generator(device).manual_seed(settings.seed),
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(settings.seed)
-        out = model.generate(
-            input_ids=prompts, attention_mask=batch.prompt_mask.long(), generation_config=plain
-        )
-    completions: list[list[int]] = out[:, prompts.shape[1] :].tolist()
-    return [c[: c.index(eos_id) + 1] if eos_id in c else c for c in completions]
+    return [list(ids) for ids in drawn.completions]
 
 
 def complete(

@@ -77,7 +77,7 @@ class Kept:
 
     rows: list[int]
     logprobs: torch.Tensor
-    values: torch.Tensor
+    values: torch.Tensor | None  # None: those of a value model, whose graph would be a second one
 
 
 class PPO:
@@ -183,9 +183,13 @@ class PPO:
                 )[0]
                 if roles.reward_model is not None:
                     scores[picked] = roles.reward_model.scores(batch)
+                if roles.value_model is not None:
+                    values[picked, :width] = score_values(roles.value_model, batch)
             with torch.set_grad_enabled(rows is chunks[0]), self.autocast():
                 logprobs, found, logits = self.policy(batch)
-            old[picked, :width], values[picked, :width] = logprobs.detach(), found.detach()
+            old[picked, :width] = logprobs.detach()
+            if found is not None:
+                values[picked, :width] = found.detach()
             # row by row: a batch's worth of probabilities would be as large as its logits
             for row_logits, counts in zip(logits.detach(), batch.completion_mask, strict=True):
                 entropy += (ppo.entropy(row_logits) * counts).sum()
@@ -221,16 +225,9 @@ class PPO:
         experience = Experience(pairs, mask, old, values, ppo.whiten(advantages, mask), returns)
         return experience, row, kept
 
-    def policy(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(log-probabilities, values, logits): one pass where the value is a head on the trunk."""
-        roles = self.roles
-        logprobs, values, logits = score_tokens(
-            self.model, batch, self.settings.ppo_temperature, roles.value_head
-        )
-        if roles.value_model is not None:
-            values = score_values(roles.value_model, batch)
-        assert values is not None
-        return logprobs, values, logits
+    def policy(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """(log-probabilities, values where they are a head's on the trunk, logits) in one pass."""
+        return score_tokens(self.model, batch, self.settings.ppo_temperature, self.roles.value_head)
 
     def learn(
         self, experience: Experience, orders: list[list[int]], kept: Kept
@@ -292,11 +289,19 @@ class PPO:
                 logprobs, values = kept.logprobs, kept.values
             else:
                 with self.autocast():
-                    logprobs, values, _ = self.policy(batch)
-            clip = settings.ppo_clip_range
+                    logprobs, values, logits = self.policy(batch)
+                del logits
+            clip, coefficient = settings.ppo_clip_range, settings.ppo_value_coef
             policy = ppo.policy_loss(logprobs, old, advantages, mask, clip, tokens)
+            own_model = self.roles.value_model
+            if own_model is not None:
+                torch.autograd.backward(policy)  # before the value's pass: one graph at a time
+                with self.autocast():
+                    values = score_values(own_model, batch)
+            assert values is not None
             value = ppo.value_loss(values, old_values, returns, mask, clip, tokens)
-            torch.autograd.backward(policy + settings.ppo_value_coef * value)
+            rest = coefficient * value
+            torch.autograd.backward(policy + rest if own_model is None else rest)
             with torch.no_grad():
                 # old minus new, as the sample came from the old policy
                 k3 = (ppo.kl_estimates(old, logprobs)[2] * mask).sum() / tokens

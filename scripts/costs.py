@@ -2,9 +2,9 @@
 
     python scripts/costs.py docs/ppo.md results/*/*/*.json
 
-Files without a PPO case add nothing. Cases of one model and adapter are compared on the same
-preference pairs. "Pairs in PPO's time" is how many pairs the method would have trained on in the
-seconds that PPO took, at its own measured rate.
+Files without a PPO case add nothing, and of a folder's files only the newest run counts. Cases of
+one model and adapter are compared on the same preference pairs. "Pairs in PPO's time" is how many
+pairs the method would have trained on in the seconds that PPO took, at its own measured rate.
 """
 
 from __future__ import annotations
@@ -57,6 +57,12 @@ def cost_row(name: str, method: str, row: dict[str, Any], ppo: dict[str, Any]) -
     return "| " + " | ".join(cells) + " |"
 
 
+def start_unix_s(records: list[dict[str, Any]]) -> float:
+    """When a run's first round began."""
+    starts: list[float] = [e["start_unix_s"] for r in records for e in r.get("rounds", [])]
+    return min(starts)
+
+
 def _change(row: dict[str, Any], name: str, form: str) -> str:
     before, after = row.get(f"{name}_base"), row.get(name)
     return "-" if before is None or after is None else f"{before:{form}} -> {after:{form}}"
@@ -66,11 +72,16 @@ def main() -> int:
     page, *files = (Path(a) for a in sys.argv[1:])
     text = page.read_text(encoding="utf-8")
     lines = [HEADER, "|---|---|---|---|---|---|---|---|---|"]
-    used = []
+    newest: dict[Path, tuple[float, Path, list[str]]] = {}
     for file in files:
-        if rows := cost_rows(read_rows(file)):
-            lines += rows
-            used.append(f"`{file}`")
+        records = read_rows(file)
+        if rows := cost_rows(records):
+            found = (start_unix_s(records), file, rows)
+            newest[file.parent] = max(newest.get(file.parent, found), found)
+    used = []
+    for _, file, rows in newest.values():
+        lines += rows
+        used.append(f"`{file}`")
     names = ", ".join(used)
     head, rest = text.split(START)
     tail = rest.split(END)[1]

@@ -22,8 +22,8 @@ from typing import Any, get_args
 
 from peftbench.errors import UserError, unknown_name
 from peftbench.metrics import METRICS, Direction, MetricClass
+from peftbench.summary import MIB
 
-MIB = 2**20
 ACKNOWLEDGED_FILE = "peftbench-acknowledged.toml"
 GATED_CLASSES = ("exact", "tight", "noisy", "seeded")
 

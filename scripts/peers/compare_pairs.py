@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from compare_ppo import REAL, as_lists, folder_of, token_pairs
-from sides import MIB, Goal, run_side, steady, table
+from sides import Goal, run_side, steady, table
 from work import PairsWork
+
+from peftbench.summary import MIB
 
 OWN = Path(sys.executable)
 GOALS = {"sft": 1.5, "dpo": 2.2, "orpo": 1.4}

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sides import MIB, Goal, run_side, steady, table
+from sides import Goal, run_side, steady, table
 from work import PairsWork, PPOWork
 
 from peftbench import models
@@ -18,6 +18,7 @@ from peftbench.case import Settings
 from peftbench.data import assets
 from peftbench.data.loading import load_task
 from peftbench.data.task import TokenPair
+from peftbench.summary import MIB
 
 OWN = Path(sys.executable)
 PACKAGE = Path(models.__file__).parent
@@ -193,7 +194,7 @@ def curve_work(sizes: str) -> PPOWork:
     return PPOWork(
         model=TINY, folder=folder_of(TINY), prompts=prompts,
         batch_size=16, micro_batch_size=16, response_length=16, updates=updates, epochs=4,
-        threads=2, rank=8, alpha=16, learning_rate=3e-3, kl_coef=0.05, value="adapter",
+        threads=2, rank=8, alpha=16, learning_rate=5e-3, kl_coef=0.01, value="adapter",
         counted_token=statistics.mode(token for row in prompts for token in row), seeds=seeds,
     )  # fmt: skip
 

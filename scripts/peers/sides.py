@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-MIB = 2**20
 
 
 def run_side(python: Path, script: str, work: dict[str, Any]) -> dict[str, Any]:
