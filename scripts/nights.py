@@ -1,0 +1,140 @@
+"""The comparison on real runs: `make verify PARTS=nights`.
+
+1. Eleven runs of the quick preset on the same code: each compared with the one before it must pass.
+2. One change at a time, put in by tests/injected: each must be reported as what it is.
+
+Runs lie in output/nights/<commit>; one that is there is not repeated, so an interrupted proof goes
+on. Prints what the comparison printed and exits with 1 if one of them was not as expected.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftbench import provenance
+
+ROOT = Path(__file__).resolve().parent.parent
+NIGHTS = 11
+ONE, BESIDE = "tiny-gpt2-lora-dpo", "tiny-gpt2-lora and not ppo"
+ADAPTERS = "*-lora-*,*-qlora-*,*-ia3-*,*-prefix-*"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is put in, and what the comparison must answer."""
+
+    name: str
+    inject: dict[str, str]
+    select: str  # of `pytest -k`; "" runs every case
+    exit_code: int
+    expected: tuple[str, ...]  # words of the report
+
+
+CHANGES = (
+    Change("a 10 % slower step in one case", {"slow": ONE}, BESIDE, 1,
+           ("REGRESSED", ONE, "train_s")),
+    Change("128 MiB held", {"hold": "*"}, "tiny-gpt2 and sft and not qlora", 1,
+           ("REGRESSED", "host_peak_rss_delta")),
+    Change("a doubled LoRA rank", {"rank": ONE}, BESIDE, 1, ("CHANGED", "trainable_params")),
+    Change("a learning rate of 0", {"still": ONE}, BESIDE, 1, ("REGRESSED", "preference_accuracy")),
+    Change("a crashed case", {"crash": ONE}, BESIDE, 1, ("FAILED", ONE, "signal 11")),
+    Change("a dropped case", {}, f"not {ONE}", 3, ("MISSING", ONE)),
+    Change("a 10 % slower step with every adapter", {"slow": ADAPTERS}, "", 1,
+           ("suite regressed",)),
+    Change("the same with another peft", {"slow": ADAPTERS, "peft": "9.9.9"}, "", 1,
+           ("suite regressed", "peft", "9.9.9")),
+)  # fmt: skip
+
+
+def run(file: Path, preset: str, select: str, inject: dict[str, str]) -> None:
+    """A session into `file`, unless it is there. A case may fail, the session may not."""
+    if file.exists():
+        return
+    started_s = time.monotonic()
+    unfinished = file.with_suffix(".unfinished")
+    command = [
+        sys.executable, "-m", "pytest", "bench", "--preset", preset, "-p", "no:cacheprovider",
+        f"--benchmark-json={unfinished}", "--results-dir", str(file.parent.parent / "runs"),
+        *(["-k", select] if select else []),
+    ]  # fmt: skip
+    environment = os.environ | {"COLUMNS": "160"}
+    if inject:
+        environment |= {
+            "PYTHONPATH": str(ROOT / "tests" / "injected"), "PEFTBENCH_INJECT": json.dumps(inject),
+        }  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    if done.returncode not in (0, 1) or not unfinished.exists():
+        sys.exit(f"{file.name} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    unfinished.rename(file)
+    print(f"{file.name}: {time.monotonic() - started_s:.0f} s", file=sys.stderr, flush=True)
+
+
+def compare(base: Path, new: Path, *arguments: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "peftbench", "compare", str(base), str(new), *arguments],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def reduced(folder: Path, select: str, nights: list[Path]) -> Path:
+    """The nights with the selected cases alone: what a run of some cases is compared with."""
+    ids = {
+        case["case_id"]
+        for case in json.loads((folder / "selected.json").read_text())["peftbench"]["cases"]
+    }
+    place = folder / "history"
+    place.mkdir(exist_ok=True)
+    for night in nights:
+        data = json.loads(night.read_text())
+        data["benchmarks"] = [b for b in data["benchmarks"] if b["extra_info"]["case_id"] in ids]
+        data["peftbench"]["cases"] = [
+            case for case in data["peftbench"]["cases"] if case["case_id"] in ids
+        ]
+        (place / night.name).write_text(json.dumps(data))
+    return place
+
+
+def main() -> int:
+    preset = sys.argv[1] if len(sys.argv) > 1 else "quick"
+    count = int(sys.argv[2]) if len(sys.argv) > 2 else NIGHTS
+    where = provenance.describe()
+    folder = ROOT / "output" / "nights" / f"{preset}-{str(where['commit'])[:12]}"
+    nights = [folder / "nights" / f"night-{number:02d}.json" for number in range(1, count + 1)]
+    (folder / "nights").mkdir(parents=True, exist_ok=True)
+    held = []
+    for night in nights:
+        run(night, preset, "", {})
+    for base, new in itertools.pairwise(nights):
+        code, text = compare(base, new)
+        held.append(code == 0)
+        result = next((line for line in text.splitlines() if line.startswith("result")), text)
+        print(f"{'ok  ' if code == 0 else 'FAIL'} {base.name} -> {new.name}: exit code {code};"
+              f" {' '.join(result.split()[1:])}", flush=True)  # fmt: skip
+        if code:
+            print(text)
+    for number, change in enumerate(CHANGES):
+        place = folder / f"change-{number}"
+        place.mkdir(exist_ok=True)
+        file = place / "selected.json"
+        run(file, preset, change.select, change.inject)
+        whole = not change.select or change.select.startswith("not ")
+        history = folder / "nights" if whole else reduced(place, change.select, nights)
+        code, text = compare(history, file)
+        as_expected = code == change.exit_code and all(word in text for word in change.expected)
+        held.append(as_expected)
+        print(f"\n{'ok  ' if as_expected else 'FAIL'} {change.name}: exit code {code}; expected"
+              f" {change.exit_code}, {', '.join(change.expected)}\n{text}", flush=True)  # fmt: skip
+    print(f"{held.count(False)} of {len(held)} comparisons were not as expected")
+    return 0 if all(held) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
