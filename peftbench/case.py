@@ -347,8 +347,10 @@ _QUICK_PPO = {"ppo_batch_size": 32}
 # tiny model the facts; larger minibatches, as single completions are noise.
 _TRUTH_PPO = {"reward": "true", "ppo_kl_coef": 0.02, "ppo_minibatch_size": 32,
               "learning_rate": 3e-3}  # fmt: skip
-# text cut out of an article has no EOS; 16 updates; what is sampled is short, as it is slow
-_CPU_REAL_PPO = {"ppo_batch_size": 8, "missing_eos": "keep", "eval_completions": 32}
+# Text cut out of an article has no EOS. A token step takes as long for 32 rows as for 8, and its
+# SFT epoch would be a third of the reward model.
+_CPU_REAL_PPO = {"ppo_batch_size": 32, "ppo_minibatch_size": 8, "missing_eos": "keep",
+                 "reward_start": "base", "eval_completions": 32}  # fmt: skip
 _GPU = Settings(data="wikitext-2", dtype="bfloat16", pairs=2048, batch_size=16, prompt_length=128,
                 completion_length=128, eval_tokens=65536, eval_context=512, eval_stride=256,
                 eval_pairs=400, eval_batch_size=8)  # fmt: skip

@@ -157,8 +157,8 @@ def run_round(
         merge_difference = merge_max_logit_difference(model, case, task)
 
     phases.enter("count")
-    # At the very end: it takes as much memory and time as a step, and moves no number.
-    flops = first_batch_flops(model, case, task)
+    # At the very end: it takes as much memory and time as a step, and may move the weights.
+    flops = flops_per_token(model, case, task, training, tokenizer)
     phases.leave()
     phases.check_sum()
 
@@ -447,23 +447,27 @@ def touched_rows(model: Any, rows_read: list[tuple[int, ...]]) -> dict[str, torc
     return rows
 
 
-def first_batch_flops(model: Any, case: Case, task: TokenTask) -> int | None:
-    """Operations of the native loss over the first micro-batch, forward and backward.
+def flops_per_token(
+    model: Any,
+    case: Case,
+    task: TokenTask,
+    training: Training,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> float | None:
+    """Operations of the training for each padded token that it reads, forward and backward.
 
-    None where the memory no longer holds such a step: then all else is measured already.
+    Counted on the native loss of the first micro-batch, of PPO on one more update, rollout and
+    scoring included. None where the memory no longer holds that: then all else is measured already.
     """
+    from peftbench import ppo_training
     from peftbench.training import batch_loss
 
     settings, method = case.settings, stages(case.method)[-1]
-    if method == "ppo":
-        return None
     one = replace(settings, gradient_accumulation=1)
     device = next(model.parameters()).device
-    pairs = task.train[: settings.batch_size]
-    batch = collate(pairs, METHODS[method].sides, device)
-    bf16 = settings.dtype == "bfloat16"
 
     def step() -> None:
+        bf16 = settings.dtype == "bfloat16"
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = batch_loss(
                 model, batch, method, one,
@@ -473,7 +477,13 @@ def first_batch_flops(model: Any, case: Case, task: TokenTask) -> int | None:
         torch.autograd.backward(loss)
 
     try:
-        return count_flops(step)
+        if training.ppo is not None:
+            return ppo_training.flops_per_token(
+                model, training.ppo.roles, task, settings, eos_id_of(model, tokenizer)
+            )
+        pairs = task.train[: settings.batch_size]
+        batch = collate(pairs, METHODS[method].sides, device)
+        return count_flops(step) / batch.input_ids.numel()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -22,6 +22,7 @@ from peftbench import rollout
 from peftbench.batches import Batch, collate
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.errors import InvalidTrainingError, UserError
+from peftbench.measuring.flops import count_flops
 from peftbench.methods import ppo
 from peftbench.methods.reward import check_finite, check_shape
 from peftbench.ppo_roles import Roles, score_tokens, score_values
@@ -341,6 +342,19 @@ class PPO:
     def autocast(self) -> Any:
         bf16 = self.settings.dtype == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+
+
+@masks_from_lengths()
+def flops_per_token(
+    model: Any, roles: Roles, task: TokenTask, settings: Settings, eos_id: int | None
+) -> float:
+    """Operations of one more update, rollout and scoring included, for each padded token of its
+    epochs. It moves the weights."""
+    assert eos_id is not None, "train has refused it"
+    model.train()
+    state = PPO(model, roles, task, settings, eos_id)
+    flops = count_flops(lambda: state.update(state.updates - 1))
+    return flops / sum(padded for _, padded in state.micro_batch_tokens[0])
 
 
 @masks_from_lengths()

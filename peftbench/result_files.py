@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from peftbench import __version__
 from peftbench.errors import UserError
 from peftbench.record import FORMAT
@@ -16,9 +18,16 @@ GIVE = "give a file that `pytest bench --benchmark-json=FILE` wrote, or a folder
 
 
 def read_json(path: Path) -> Any:
-    """Raises: UserError for what cannot be read or is no JSON."""
+    """Raises: UserError for what cannot be read or is no JSON.
+
+    NaN and infinities, which are no JSON, are read: who compares says where they stand.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        try:
+            return orjson.loads(content)  # four times as fast as the standard library's
+        except orjson.JSONDecodeError:
+            return json.loads(content.decode("utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r} ({error.strerror}); {GIVE}") from None
     except (ValueError, RecursionError) as error:

@@ -104,17 +104,17 @@ def work_values(
     training: Training,
     case: Case,
     task: TokenTask,
-    first_batch_flops: int | None,
+    flops_per_token: float | None,
     peak_flops_per_s: float | None,
 ) -> dict[str, float | int | None]:
     """Operations, utilisation and energy of the training window."""
-    counts, timed = micro_batch_tokens(training, case, task)
+    _, timed = micro_batch_tokens(training, case, task)
     train = phases.readings["train"]
     # a GPU's energy is the parent's to read: the processors' is then not the training's
     energy_j = train.package_energy_j if train.torch_peak_allocated_bytes is None else None
     rates: dict[str, float | int | None] = {}
-    if first_batch_flops is not None:
-        flops = round(first_batch_flops / counts[0][1] * sum(padded for _, padded in timed))
+    if flops_per_token is not None:
+        flops = round(flops_per_token * sum(padded for _, padded in timed))
         rates = {"train_flops": flops, "flops_per_s": flops / train.seconds}
         if peak_flops_per_s is not None:
             rates["mfu_ratio"] = flops / train.seconds / peak_flops_per_s
@@ -233,11 +233,7 @@ def null_reasons(
             else "not reported by the parent process"
         )
     for name in ("train_flops", "flops_per_s", "mfu_ratio"):
-        reasons[name] = (
-            "PPO's rollout, scoring and update are of different shapes and are not counted"
-            if uses_ppo(case.method)
-            else "the memory left after training did not hold one more step to count"
-        )
+        reasons[name] = "the memory left after training did not hold one more step to count"
     if peak_flops_per_s is None:
         reasons["mfu_ratio"] = "the session's matrix product was not timed, or beside other work"
     reasons["other_cpu_ratio"] = "no /proc on this system"

@@ -205,6 +205,19 @@ def test_an_acknowledged_change_does_not_gate_and_moves_the_base(tmp_path):
     assert judged(doubled, rules=rules, commit="c" * 40)[1].exit_code == 1
 
 
+def test_what_ppos_own_samples_decide_is_not_compared_unless_asked():
+    names = ("m-lora-ppo", "m-lora-sft+ppo", "m-lora-dpo")
+    base = of([made.case(name) for name in names])
+    rows, _ = judged([made.case(name, train_tokens=1, train_flops=1) for name in names],
+                         base=base)  # fmt: skip
+    assert rows["m-lora-dpo", "train_tokens"].verdict == "changed"
+    assert {case for case, metric in rows if metric in ("train_tokens", "train_flops")} == {
+        "m-lora-dpo"
+    }
+    asked = Rules(overrides=(("train_tokens", "*-ppo", {"ignore": False}),))
+    assert "train_tokens" in {rule.metric for rule in asked.gated("m-lora-ppo")}
+
+
 def test_overrides_hold_for_a_metric_and_for_a_pattern_of_cases(tmp_path):
     (tmp_path / "pyproject.toml").write_text(
         "[tool.peftbench.metrics]\n"

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts" / "peers"))
 
-from compare_ppo import TINY, folder_of, token_prompts  # noqa: E402
+from compare_ppo import TINY, folder_of, in_turns, of_floor, of_runs, together, token_prompts  # noqa: E402
 from sides import Goal, run_side, steady, table  # noqa: E402
 from work import PPOWork  # noqa: E402
 
@@ -25,6 +25,27 @@ def test_a_goal_is_met_on_its_side_of_the_limit():
 
 def test_a_steady_time_leaves_the_first_out():
     assert steady([9.0, 1.0, 3.0, 2.0]) == 2.0
+
+
+def test_sides_take_turns_and_a_sides_turns_are_one_outcome(capsys):
+    def outcome(seconds: list[float], floor_s: float, peak: int) -> dict:
+        run = {"update_s": seconds, "floor": {"learn_s": floor_s}}
+        return {"runs": [run], "peak_growth_bytes": peak, "other_cpu_ratio": floor_s,
+                "machine": {"matmul_flops_per_s": 10 * floor_s}}  # fmt: skip
+
+    order: list[str] = []
+    left = {"own": [outcome([9, 1, 2], 1, 7), outcome([9, 4, 5], 3, 6)],
+            "peer": [outcome([9, 9], 1, 1)] * 2}  # fmt: skip
+    run = {name: lambda name=name: (order.append(name), left[name].pop(0))[1] for name in left}
+    found = in_turns(run, 2)
+    assert order == ["own", "peer", "own", "peer"]
+    own = together(found["own"])
+    assert of_runs(own, "update_s") == 3  # of 1, 2, 4, 5: the first of each run is left out
+    assert of_floor(own, "learn_s") == 2
+    assert own["peak_growth_bytes"] == 7
+    assert own["other_cpu_ratio"] == 2
+    assert own["machine"] == {"matmul_flops_per_s": 20}
+    assert "own, turn 2 of 2" in capsys.readouterr().err
 
 
 def test_a_table_has_columns_of_one_width():

@@ -402,6 +402,31 @@ def test_micro_batches_do_not_change_the_step():
     assert all(torch.allclose(weights[0][n], weights[1][n], atol=1e-4) for n in weights[0])
 
 
+def test_the_operations_of_an_update_are_those_of_its_passes():
+    """By hand: two a weight and token forward, two more backward, as the base is frozen."""
+    model = wide_model("llama")
+    settings = replace(SETTINGS, pairs=8, warmup_steps=0)
+    plain = adapters.shared_copy(model)
+    model = adapters.attach(model, "lora", settings)
+    roles = make_roles(model, plain, "lora", settings)
+    task = make_task(8)
+    found = ppo_training.flops_per_token(model, roles, task, settings, 399)
+
+    linear = {n: m.weight.numel() for n, m in plain.named_modules() if type(m) is torch.nn.Linear}
+    head = linear.pop("lm_head")
+    trunk = sum(linear.values())
+    prompts = [len(pair.prompt) for pair in task.train]
+    rows, width = len(prompts), max(prompts)
+    # rollout: the prompts, then 5 passes over a token; the head runs once for each drawn token
+    rollout_flops = rows * (width + 5) * 2 * trunk + rows * 6 * 2 * head
+    # score in two micro-batches of 4: policy and reference; the head on the 6 completion columns
+    tokens = rows * (width + 6)
+    forward = 2 * trunk * tokens + 2 * head * rows * 6
+    # two epochs forward and backward, less the pass of the first micro-batch that scoring made
+    expected = rollout_flops + 2 * forward + 2 * 2 * forward - forward / 2
+    assert found * 2 * tokens == pytest.approx(expected, rel=0.05)
+
+
 def test_gradient_checkpointing_does_not_change_the_step():
     losses = [run("llama", "lora", gradient_checkpointing=g)[1].losses for g in (False, True)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)

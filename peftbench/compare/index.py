@@ -8,11 +8,12 @@ that is lost or damaged is made again.
 from __future__ import annotations
 
 import hashlib
-import json
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from peftbench.compare.load import CaseRow, Round, Session, read_session
 from peftbench.data.assets import cache_dir
@@ -36,11 +37,11 @@ def read_indexed(path: Path) -> Session:
         return read_session(path)  # which says what is wrong
     entry = index_folder() / f"{hashlib.sha256(content).hexdigest()}.json"
     try:
-        return from_entry(path.name, json.loads(entry.read_bytes()))
+        return from_entry(path.name, orjson.loads(entry.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         session = read_session(path)
     with suppress(OSError):  # a cache that cannot be written costs time only
-        write_atomically(entry, json.dumps(to_entry(session)))
+        write_atomically(entry, orjson.dumps(to_entry(session)).decode())
     return session
 
 
