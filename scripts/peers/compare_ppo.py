@@ -77,7 +77,8 @@ def together(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
 
 def of_runs(side: dict[str, Any], part: str) -> float:
     """Median of a part's seconds over all runs, without the first update of each."""
-    return statistics.median(second for run in side["runs"] for second in run[part][1:])
+    seconds: list[float] = [second for run in side["runs"] for second in run[part][1:]]
+    return statistics.median(seconds)
 
 
 def of_floor(side: dict[str, Any], name: str) -> float:
