@@ -60,7 +60,7 @@ METRICS: dict[str, Metric] = {
     "tokens_per_s": Metric("tokens/s", "higher", "derived", 0.03, "Non-padding tokens that the policy read in the training window, divided by the time of the same window."),
     "padded_tokens_per_s": Metric("tokens/s", "higher", "derived", 0.03, "The same with padding counted."),
     "samples_per_s": Metric("pairs/s", "higher", "derived", 0.03, "Pairs of the training window divided by its time."),
-    "train_flops": Metric("FLOP", "none", "tight", 0.001, "Operations of matrix products and attention, forward and backward, in the training window: counted on the first micro-batch (of PPO on one more update, rollout and scoring included), scaled by padded tokens."),
+    "train_flops": Metric("FLOP", "none", "tight", 0.001, "Operations of matrix products and attention, forward and backward, in the training window: counted on the first micro-batch (of PPO with its rollout and scoring), scaled by padded tokens."),
     "flops_per_s": Metric("FLOP/s", "higher", "derived", 0.03, "train_flops / train_s."),
     "mfu_ratio": Metric("ratio", "higher", "derived", 0.03, "flops_per_s over the device's rate in one large matrix product of the compute dtype, timed at the session's start."),
     "other_cpu_ratio": Metric("ratio", "none", "info", 0.0, "CPU time that other processes took during the training window, over its time on all cores."),

@@ -157,7 +157,7 @@ def run_round(
         merge_difference = merge_max_logit_difference(model, case, task)
 
     phases.enter("count")
-    # At the very end: it takes as much memory and time as a step, and may move the weights.
+    # At the very end: it takes as much memory and time as a step, and moves no number.
     flops = flops_per_token(model, case, task, training, tokenizer)
     phases.leave()
     phases.check_sum()
@@ -456,8 +456,8 @@ def flops_per_token(
 ) -> float | None:
     """Operations of the training for each padded token that it reads, forward and backward.
 
-    Counted on the native loss of the first micro-batch, of PPO on one more update, rollout and
-    scoring included. None where the memory no longer holds that: then all else is measured already.
+    Counted on the native loss of the first micro-batch, of PPO with its rollout and scoring. None
+    where the memory no longer holds that: then all else is measured already.
     """
     from peftbench import ppo_training
     from peftbench.training import batch_loss

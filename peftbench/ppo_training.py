@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -348,13 +348,31 @@ class PPO:
 def flops_per_token(
     model: Any, roles: Roles, task: TokenTask, settings: Settings, eos_id: int | None
 ) -> float:
-    """Operations of one more update, rollout and scoring included, for each padded token of its
-    epochs. It moves the weights."""
+    """Operations of an update, rollout and scoring included, for each padded token of its epochs.
+
+    Counted on one more micro-batch of it: all are alike but the first epoch's first, whose forward
+    pass is the scoring's.
+    """
     assert eos_id is not None, "train has refused it"
     model.train()
-    state = PPO(model, roles, task, settings, eos_id)
-    flops = count_flops(lambda: state.update(state.updates - 1))
-    return flops / sum(padded for _, padded in state.micro_batch_tokens[0])
+    size = settings.ppo_minibatch // settings.gradient_accumulation
+    one = replace(
+        settings, ppo_batch_size=size, ppo_minibatch_size=size, gradient_accumulation=1, pairs=size
+    )
+    state, order = PPO(model, roles, task, one, eos_id), list(range(size))
+    sampled: list[Rollout] = []
+    scored: list[Experience] = []
+    counts: list[tuple[int, int]] = []
+    rollout_flops = count_flops(lambda: sampled.append(state.roll_out(0)))
+    # an index above 0: the reward is normalised already
+    score_flops = count_flops(lambda: scored.append(state.score(1, sampled[0], order)[0]))
+    epoch_flops = count_flops(lambda: state.minibatch(scored[0], order, counts, None))
+    batch = collate(sampled[0].pairs, "chosen", state.device)
+    with torch.no_grad(), state.autocast():
+        forward_flops = count_flops(lambda: state.policy(batch))
+    epochs, micro_batches = settings.ppo_epochs, settings.ppo_batch_size // size
+    flops = rollout_flops + score_flops + epochs * epoch_flops - forward_flops / micro_batches
+    return flops / (epochs * counts[0][1])
 
 
 @masks_from_lengths()

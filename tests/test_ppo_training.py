@@ -415,14 +415,14 @@ def test_the_operations_of_an_update_are_those_of_its_passes():
     linear = {n: m.weight.numel() for n, m in plain.named_modules() if type(m) is torch.nn.Linear}
     head = linear.pop("lm_head")
     trunk = sum(linear.values())
-    prompts = [len(pair.prompt) for pair in task.train]
-    rows, width = len(prompts), max(prompts)
+    # counted on the first of the update's two micro-batches of 4
+    rows, width = 4, max(len(pair.prompt) for pair in task.train[:4])
     # rollout: the prompts, then 5 passes over a token; the head runs once for each drawn token
     rollout_flops = rows * (width + 5) * 2 * trunk + rows * 6 * 2 * head
-    # score in two micro-batches of 4: policy and reference; the head on the 6 completion columns
     tokens = rows * (width + 6)
-    forward = 2 * trunk * tokens + 2 * head * rows * 6
-    # two epochs forward and backward, less the pass of the first micro-batch that scoring made
+    forward = 2 * trunk * tokens + 2 * head * rows * 6  # the head on the completion's columns
+    # score: policy and reference; two epochs forward and backward; of the first epoch's two
+    # micro-batches one has its forward pass from the scoring
     expected = rollout_flops + 2 * forward + 2 * 2 * forward - forward / 2
     assert found * 2 * tokens == pytest.approx(expected, rel=0.05)
 
