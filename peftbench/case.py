@@ -111,6 +111,11 @@ class Settings:
         return self.ppo_minibatch_size or self.batch_size * self.gradient_accumulation
 
     @property
+    def ppo_micro_batch(self) -> int:
+        """Completions of one of PPO's forward and backward passes."""
+        return self.ppo_minibatch // self.gradient_accumulation
+
+    @property
     def ppo_minibatches(self) -> int:
         """Optimiser steps of one of PPO's epochs."""
         return self.ppo_batch_size // self.ppo_minibatch

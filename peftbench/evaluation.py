@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from peftbench.case import Settings
 
 
-NO_EOS = -1  # an id that is never drawn
-
-
 @dataclass(frozen=True)
 class TextScore:
     """Held-out text, by windows: the sums from which every text metric follows."""
@@ -179,10 +176,10 @@ def sample(
     """Completions of the pairs' prompts, seeded, as `rollout.sample` draws them: what is sampled is
     what `completion_logprobs` scores. They end with EOS or after `eval_sample_length` tokens.
     """
-    device = next(model.parameters()).device
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(settings.seed)
     drawn = rollout.sample(
         model, [pair.prompt for pair in pairs], settings.eval_sample_length, 1.0,
-        NO_EOS if eos_id is None else eos_id, torch.Generator(device).manual_seed(settings.seed),
+        rollout.NO_EOS if eos_id is None else eos_id, generator,
     )  # fmt: skip
     return [list(ids) for ids in drawn.completions]
 

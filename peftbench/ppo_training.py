@@ -97,7 +97,7 @@ class PPO:
         if roles.value_model is not None:
             self.parameters += roles.value_model.own_parameters()
         self.updates = settings.ppo_updates
-        self.micro_batch = settings.ppo_minibatch // settings.gradient_accumulation
+        self.micro_batch = settings.ppo_micro_batch
         self.optimizer = build_optimizer(
             self.parameters, settings, settings.learning_rate, ADAM_EPS
         )
@@ -355,7 +355,7 @@ def flops_per_token(
     """
     assert eos_id is not None, "train has refused it"
     model.train()
-    size = settings.ppo_minibatch // settings.gradient_accumulation
+    size = settings.ppo_micro_batch
     one = replace(
         settings, ppo_batch_size=size, ppo_minibatch_size=size, gradient_accumulation=1, pairs=size
     )

@@ -35,15 +35,16 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """What goes wrong inside is a UserError that names the file and says what to give instead."""
+def reading(*paths: Path) -> Iterator[None]:
+    """What goes wrong inside is a UserError that names the files and says what to give instead."""
+    names = ", ".join(repr(str(path)) for path in paths)
     try:
         yield
     except UserError as error:
-        raise UserError(f"{str(path)!r} {error}; {GIVE}") from None
+        raise UserError(f"{names} {error}; {GIVE}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         detail = f"{type(error).__name__}: {error}"
-        raise UserError(f"{str(path)!r} is damaged ({detail}); {GIVE}") from None
+        raise UserError(f"{names} is damaged ({detail}); {GIVE}") from None
 
 
 def session_part(data: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ FEW_ROWS = 16
 LARGE_WEIGHT = 2**16  # entries; below, a product costs its call
 # Of copies that live while sampling: LoRA on q and v of a 135 M model in float32 needs 53 MiB.
 FOLDED_BYTES = 64 * 2**20
+NO_EOS = -1  # an id that is never drawn: every completion has its full length
 
 
 @dataclass(frozen=True)

@@ -76,21 +76,18 @@ def run(file: Path, preset: str, select: str, inject: dict[str, str]) -> None:
     print(f"{file.name}: {time.monotonic() - started_s:.0f} s", file=sys.stderr, flush=True)
 
 
-def compare(base: Path, new: Path, *arguments: str) -> tuple[int, str]:
+def compare(base: Path, new: Path) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "-m", "peftbench", "compare", str(base), str(new), *arguments],
+        [sys.executable, "-m", "peftbench", "compare", str(base), str(new)],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
 
 
-def reduced(folder: Path, select: str, nights: list[Path]) -> Path:
-    """The nights with the selected cases alone: what a run of some cases is compared with."""
-    ids = {
-        case["case_id"]
-        for case in json.loads((folder / "selected.json").read_text())["peftbench"]["cases"]
-    }
-    place = folder / "history"
+def reduced(nights: list[Path], file: Path) -> Path:
+    """The nights with the cases of a file alone: what a run of some cases is compared with."""
+    ids = {case["case_id"] for case in json.loads(file.read_text())["peftbench"]["cases"]}
+    place = file.parent / "history"
     place.mkdir(exist_ok=True)
     for night in nights:
         data = json.loads(night.read_text())
@@ -121,12 +118,11 @@ def main() -> int:
         if code:
             print(text)
     for number, change in enumerate(CHANGES):
-        place = folder / f"change-{number}"
-        place.mkdir(exist_ok=True)
-        file = place / "selected.json"
+        file = folder / f"change-{number}" / "selected.json"
+        file.parent.mkdir(exist_ok=True)
         run(file, preset, change.select, change.inject)
         whole = not change.select or change.select.startswith("not ")
-        history = folder / "nights" if whole else reduced(place, change.select, nights)
+        history = folder / "nights" if whole else reduced(nights, file)
         code, text = compare(history, file)
         as_expected = code == change.exit_code and all(word in text for word in change.expected)
         held.append(as_expected)

@@ -8,19 +8,15 @@ import re
 from peftbench.compare.text import (
     LISTED,
     MEANING,
-    acknowledged_text,
-    detects,
+    cells,
     exit_text,
     headcount,
-    interval,
-    number,
     side_text,
-    signed,
     suite_text,
     verdict_text,
-    whole_cases,
+    without_whole,
 )
-from peftbench.compare.verdicts import STATUS, VERDICTS, Comparison, Row
+from peftbench.compare.verdicts import VERDICTS, Comparison, Row
 
 MOST_BYTES = 2**20  # what a CI service shows of a summary
 OPEN = ("regressed", "changed", "failed", "missing", "incomparable", "redefined", "invalid")
@@ -39,19 +35,13 @@ def markdown_text(found: Comparison) -> str:
     for verdict in VERDICTS:
         rows = [row for row in found.rows if row.verdict == verdict]
         if verdict in OPEN and rows:
-            shown, rest = without_whole(rows)[:OPEN_ROWS], without_whole(rows)[OPEN_ROWS:]
-            parts.append(section(verdict, rows, shown))
-            folded += rest
+            listed = without_whole(rows)
+            parts.append(section(verdict, rows, listed[:OPEN_ROWS]))
+            folded += listed[OPEN_ROWS:]
         else:
             folded += rows
     text = "\n\n".join(parts)
     return text + details(folded, MOST_BYTES - len(text.encode()) - 200)
-
-
-def without_whole(rows: list[Row]) -> list[Row]:
-    """A case that has one verdict in all of its metrics is one row."""
-    whole = whole_cases(rows)
-    return [r for r in rows if r.metric == STATUS or (r.case_id, r.case_hash) not in whole]
 
 
 def head(found: Comparison) -> str:
@@ -105,12 +95,8 @@ def details(rows: list[Row], room_bytes: int) -> str:
 
 
 def row_text(row: Row) -> str:
-    change = "" if row.change is None else signed(row.change, row.is_difference)
-    cells = [
-        row.case_id, row.metric, number(row.base, row.unit), number(row.new, row.unit), change,
-        interval(row), detects(row), row.reason + acknowledged_text(row),
-    ]  # fmt: skip
-    return "| " + " | ".join(escaped(cell) for cell in cells) + " |"
+    texts = [row.case_id, row.metric, *cells(row)]
+    return "| " + " | ".join(escaped(text) for text in texts) + " |"
 
 
 def escaped(text: str) -> str:

@@ -35,11 +35,17 @@ def read_folder(folder: Path, subject: str | None = None) -> list[Session]:
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {str(folder)!r}; {GIVE}")
-    files = [f for f in sorted(folder.rglob("*.json")) if not f.name.startswith(".")]
-    sessions = [read_indexed(f) for f in files if not is_verdict_file(f)]
-    if not sessions:
-        raise UserError(f"{str(folder)!r} has no result file; {GIVE}")
+    sessions = [read_indexed(file) for file in files_below(folder)]
     return in_order(joined(without_copies(sessions)), subject)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every result file below a folder, sorted. Raises: UserError where there is none."""
+    files = [f for f in sorted(folder.rglob("*.json")) if not f.name.startswith(".")]
+    found = [f for f in files if not is_verdict_file(f)]
+    if not found:
+        raise UserError(f"{str(folder)!r} has no result file; {GIVE}")
+    return found
 
 
 def is_verdict_file(path: Path) -> bool:

@@ -52,7 +52,7 @@ NOT_GATED: dict[str, str] = {
 }
 # What PPO's own samples decide: bit for bit the same on one CPU, and never on a GPU or after an
 # upgrade. They are compared of all other methods.
-OF_SAMPLES = ("train_tokens", "train_flops")
+OF_SAMPLES = tuple((name, "*ppo", {"ignore": True}) for name in ("train_tokens", "train_flops"))
 LEAST_BYTES = {"torch": 2 * MIB, "nvml": 64 * MIB, "peak": 64 * MIB, "host": 16 * MIB}
 
 
@@ -106,9 +106,7 @@ class Rules:
 
     def of(self, metric: str, case_id: str) -> Rule:
         rule = default_rule(metric)
-        if metric in OF_SAMPLES and case_id.endswith("ppo"):
-            rule = replace(rule, ignore=True)
-        for name, pattern, keys in self.overrides:
+        for name, pattern, keys in (*OF_SAMPLES, *self.overrides):
             if name == metric and fnmatch.fnmatchcase(case_id, pattern):
                 rule = replace(rule, **keys)
         return rule

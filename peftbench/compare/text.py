@@ -112,6 +112,12 @@ def whole_cases(rows: list[Row]) -> set[tuple[str, str]]:
     }
 
 
+def without_whole(rows: list[Row]) -> list[Row]:
+    """A case that has one verdict in all of its metrics is one row."""
+    whole = whole_cases(rows)
+    return [r for r in rows if r.metric == STATUS or (r.case_id, r.case_hash) not in whole]
+
+
 def suite_text(line: SuiteLine) -> str:
     """Where it is worse, by adapter, method and model; by case where no axis tells cases apart."""
     accepted = f"; acknowledged: {line.acknowledged}" if line.acknowledged else ""
@@ -150,7 +156,7 @@ def row_table(rows: list[Row]) -> list[str]:
     """The rows under their case's name; a reason that does not fit goes on below itself."""
     grid: list[list[str]] = []
     case = None
-    plain = [cells(row) for row in rows]
+    plain = [["  " + row.metric.removesuffix("_bytes"), *cells(row)] for row in rows]
     widths = [max(len(r[i]) for r in [HEADER, *plain]) for i in range(len(HEADER) - 1)]
     room = max(WIDTH - 2 - sum(widths) - 2 * len(widths), 28)
     for row, texts in zip(rows, plain, strict=True):
@@ -174,8 +180,8 @@ def folded(text: str, room: int) -> list[str]:
 
 
 def cells(row: Row) -> list[str]:
+    """What every format says of a row after its name: base, new, change, interval, detects, why."""
     return [
-        "  " + row.metric.removesuffix("_bytes"),
         number(row.base, row.unit),
         number(row.new, row.unit),
         "" if row.change is None else signed(row.change, row.is_difference),

@@ -7,17 +7,13 @@ from dataclasses import dataclass
 from peftbench.compare.text import (
     LISTED,
     MEANING,
-    acknowledged_text,
-    detects,
+    cells,
     exit_text,
     headcount,
-    interval,
-    number,
     side_text,
-    signed,
     suite_text,
     verdict_text,
-    whole_cases,
+    without_whole,
 )
 from peftbench.compare.verdicts import STATUS, VERDICTS, Comparison, Row
 
@@ -89,8 +85,7 @@ def changes_of(found: Comparison) -> Changes:
 
 
 def section(verdict: str, rows: list[Row]) -> Section:
-    whole = whole_cases(rows)
-    shown = [r for r in rows if r.metric == STATUS or (r.case_id, r.case_hash) not in whole]
+    shown = without_whole(rows)
     return Section(
         verdict, MEANING[verdict], headcount(rows), is_open(verdict, len(shown)),
         all(row.metric == STATUS for row in shown),
@@ -104,9 +99,5 @@ def is_open(verdict: str, rows: int) -> bool:
 
 
 def line(row: Row) -> Line:
-    return Line(
-        row.case_id, "whole case" if row.metric == STATUS else row.metric.removesuffix("_bytes"),
-        number(row.base, row.unit), number(row.new, row.unit),
-        "" if row.change is None else signed(row.change, row.is_difference),
-        interval(row), detects(row), row.reason + acknowledged_text(row),
-    )  # fmt: skip
+    metric = "whole case" if row.metric == STATUS else row.metric.removesuffix("_bytes")
+    return Line(row.case_id, metric, *cells(row))

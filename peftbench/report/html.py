@@ -33,7 +33,7 @@ from peftbench.report.sources import Part, read_parts
 from peftbench.report.sparklines import sparklines_of
 from peftbench.report.table import COLUMNS, cells, change_of, definition
 from peftbench.report.takeaways import QUESTIONS, statuses, winners
-from peftbench.result_files import GIVE
+from peftbench.result_files import reading
 
 SCRIPTS = ("common.js", "table.js", "figures.js")
 
@@ -44,13 +44,8 @@ def write_report(files: list[Path], output: Path, subject: str | None = None) ->
     Raises: UserError for a file that cannot be read, or an output that cannot be written.
     """
     parts = read_parts(files, read_rules(Path.cwd()), subject)
-    try:
+    with reading(*files):  # what a comparison needs is checked: not samples, curves and phases
         found = context(parts, subject)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        # `read_parts` has checked what a comparison needs: not samples, curves and phases
-        names = ", ".join(repr(str(f)) for f in files)
-        detail = f"{type(error).__name__}: {error}"
-        raise UserError(f"{names} is damaged ({detail}); {GIVE}") from None
     text = page(found)
     try:
         write_atomically(output, text)

@@ -12,11 +12,10 @@ from peftbench.compare.compare import compare
 from peftbench.compare.history import History, history_of
 from peftbench.compare.index import read_indexed
 from peftbench.compare.load import CaseRow, Session, read_session
-from peftbench.compare.order import in_order, is_verdict_file, joined, without_copies
+from peftbench.compare.order import files_below, in_order, joined, without_copies
 from peftbench.compare.rules import Rules
 from peftbench.compare.verdicts import Comparison
-from peftbench.errors import UserError
-from peftbench.result_files import GIVE, case_records, read_json
+from peftbench.result_files import case_records, read_json
 
 READ_WHOLE = 20  # more files than these go through the index, as `peftbench history` reads them
 SAME_CASES_SHARE = 0.5  # of the larger session's case ids
@@ -57,11 +56,7 @@ def result_files(paths: Iterable[Path]) -> list[Path]:
         if not path.is_dir():
             found[path.resolve()] = path
             continue
-        below = [f for f in sorted(path.rglob("*.json")) if not f.name.startswith(".")]
-        below = [f for f in below if not is_verdict_file(f)]
-        if not below:
-            raise UserError(f"{str(path)!r} has no result file; {GIVE}")
-        found |= {f.resolve(): f for f in below}
+        found |= {f.resolve(): f for f in files_below(path)}
     return list(found.values())
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from compare_ppo import REAL, as_lists, folder_of, token_pairs
 from sides import Goal, run_side, steady, table
-from work import PairsWork
+from work import PairsWork, described
 
 from peftbench.summary import MIB
 
@@ -81,10 +81,6 @@ def random_pairs(count: int, prompt: int, completion: int) -> list[list[list[int
         [[dice.randrange(50_257) for _ in range(n)] for n in (prompt, completion, completion)]
         for _ in range(count)
     ]
-
-
-def described(work: PairsWork) -> dict[str, Any]:
-    return {k: v for k, v in asdict(work).items() if k not in ("pairs", "folder")}
 
 
 def sides_of(work: PairsWork, sizes: str) -> dict[str, Any]:

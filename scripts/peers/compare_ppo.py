@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sides import Goal, run_side, table
-from work import PairsWork, PPOWork
+from work import PairsWork, PPOWork, described
 
 from peftbench import models
 from peftbench.case import Settings
@@ -42,7 +42,7 @@ def measure(trl_python: Path, sizes: str) -> tuple[dict[str, Any], str]:
     found = {name: together(turns) for name, turns in in_turns(run, TURNS).items()}
     goals = goals_of(found)
     numbers = {
-        "work": {k: v for k, v in asdict(work).items() if k not in ("prompts", "folder")},
+        "work": described(work),
         "sides": found,
         "goals": [goal.to_dict() for goal in goals],
     }
@@ -216,7 +216,7 @@ def curve(trl_python: Path, sizes: str) -> tuple[dict[str, Any], str]:
         agreement(work, found),
     ]
     numbers = {
-        "work": {k: v for k, v in asdict(work).items() if k not in ("prompts", "folder")},
+        "work": described(work),
         "sides": found,
     }
     return numbers, "\n".join(lines)

@@ -19,9 +19,8 @@ from peftbench.measuring.flops import count_flops
 from peftbench.methods.reward import token_share
 from peftbench.ppo_roles import Roles, build_value
 from peftbench.reward_model import ScalarModel
+from peftbench.rollout import NO_EOS
 from peftbench.training import SilentGate
-
-NO_EOS = -1  # an id that nobody draws: every response has its full length
 
 
 def main() -> None:

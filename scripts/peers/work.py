@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,12 @@ class PairsWork:
     precomputed_reference: bool
     trl_defaults: bool  # of what costs time: gradient checkpointing
     seed: int
+
+
+def described(work: PPOWork | PairsWork) -> dict[str, Any]:
+    """The work as a record says it: without its ids and places of this machine."""
+    left_out = ("prompts", "pairs", "folder")
+    return {k: v for k, v in asdict(work).items() if k not in left_out}
 
 
 def read_arguments() -> tuple[dict[str, Any], Path]:
