@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import made_sessions as made
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from peftbench.cli import main
-from peftbench.compare.as_json import json_text
+from peftbench.compare.as_json import held, json_text
 from peftbench.compare.compare import compare, compare_paths
 from peftbench.compare.load import session_of
 from peftbench.compare.markdown import MOST_BYTES, markdown_text
@@ -147,6 +148,14 @@ def test_exact_numbers_are_compared_by_seed_where_rounds_are_unequal():
     rows, _ = judged(tokens([10, 21, 30]), base=base)
     row = rows["m-lora-dpo", "train_tokens"]
     assert (row.verdict, row.base, row.new) == ("changed", 20, 21)
+
+
+def test_damaged_numbers_whose_sum_is_infinite_give_no_change_that_is_not_a_number():
+    damaged = made.case("m-full-sft", seeds=2, train_s=1.7e308)
+    past = session_of("b.json", made.session([damaged]))
+    row = next(r for r in compare(past, past, None, Rules()).rows if r.metric == "train_s")
+    assert (row.base, row.change) == (1.7e308, 0.0)
+    assert held(sys.float_info.max) is None  # ten digits of it are infinite, which JSON has not
 
 
 def test_history_makes_a_slow_down_of_five_per_cent_certain():

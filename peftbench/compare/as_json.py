@@ -70,5 +70,6 @@ def row_plain(row: Row) -> dict[str, Any]:
 def held(value: float | str | None) -> float | str | None:
     """Ten significant digits: the last bits of a quantile differ between builds of scipy."""
     if isinstance(value, float):
-        return float(f"{value + 0.0:.10g}") if math.isfinite(value) else None
+        rounded = float(f"{value + 0.0:.10g}")  # of the largest float: infinite
+        return rounded if math.isfinite(rounded) else None
     return value

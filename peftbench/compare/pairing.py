@@ -123,7 +123,11 @@ def value(row: CaseRow, metric: str) -> float | None:
     """The session's value: the median of the rounds that count; None where one lacks it."""
     found = [r.values.get(metric) for r in row.calm_rounds]
     known = [v for v in found if v is not None]
-    return statistics.median(known) if known and len(known) == len(found) else None
+    if not known or len(known) != len(found):
+        return None
+    low, high = statistics.median_low(known), statistics.median_high(known)
+    # halves first: the sum of two damaged values can be infinite
+    return low if low == high else low / 2 + high / 2
 
 
 def by_seed(row: CaseRow, metric: str) -> dict[int, list[float]]:

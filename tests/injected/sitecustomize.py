@@ -2,7 +2,8 @@
 folder on PYTHONPATH; nothing in peftbench knows of it.
 
 PEFTBENCH_INJECT holds a JSON object: what (slow, hold, rank, still, crash) -> patterns of case
-ids, by commas, or peft -> a version. A case's child is known by its log, its standard output.
+ids, by commas; by -> how much slower, as a ratio; peft -> a version. A case's child is known by its
+log, its standard output.
 """
 
 import fnmatch
@@ -14,7 +15,7 @@ import time
 from functools import cache
 
 WANTED = json.loads(os.environ.get("PEFTBENCH_INJECT", "{}"))
-SLOWER = 0.10
+SLOWER_RATIO = float(WANTED.get("by", "0.10"))
 HELD_BYTES = 128 * 2**20
 
 
@@ -40,7 +41,7 @@ def in_children() -> None:
         marks.append(time.perf_counter())
         is_end = len(marks) % 2 == 0
         if is_end and "slow" in WANTED and is_meant(WANTED["slow"]):
-            until = marks[-1] + SLOWER * (marks[-1] - marks[-2])
+            until = marks[-1] + SLOWER_RATIO * (marks[-1] - marks[-2])
             while time.perf_counter() < until:
                 pass
         if is_end and not held and "hold" in WANTED and is_meant(WANTED["hold"]):
