@@ -7,8 +7,25 @@ RUN_JSON ?= output/run.json
 TORCH_INDEX ?=
 ARGS ?=
 
-.PHONY: help install bench test lint verify overhead calibration costs peers glossary clean
+# The image and what runs in it. LOCAL=1 runs the same without an image.
+IMAGE ?= peftbench
+DOCKER ?= docker
+LOCAL ?=
+MODEL ?=
+PEFT ?=
+METHOD ?= sft
+DATA ?=
+export IMAGE DOCKER GPUS OUTPUT CACHE
+RUN = $(if $(LOCAL),$(BIN)/python -m peftbench,scripts/image.sh)
+
+.PHONY: help install bench test lint verify overhead calibration costs peers glossary clean \
+        build train infer shell image-check
 help:
+	@echo "make build    the pinned image (docker): trains, benchmarks and chats"
+	@echo "make train PEFT=lora MODEL=gpt-2 [METHOD=dpo] [DATA=wikitext-2]   train one case in the image"
+	@echo "make infer PEFT=lora MODEL=gpt-2   talk to it;   make shell   a shell in the image"
+	@echo "              LOCAL=1 does the same without docker; ARGS=\"...\" adds options"
+	@echo "make image-check  build the image without an engine, and run smoke inside"
 	@echo "make bench    the quick preset: 34 cases, a few minutes on a CPU -> $(RUN_JSON)"
 	@echo "make test     all tests that need no GPU, and the linters (under 10 minutes)"
 	@echo "make lint     ruff and mypy"
@@ -17,7 +34,7 @@ help:
 	@echo "make calibration  the comparison's promises on simulated nights (some minutes)"
 	@echo "make costs    write the table of PPO's cost against DPO's and ORPO's into docs/ppo.md"
 	@echo "make peers    side by side with TRL 1.12 (PPO) and 1.16 (an hour) -> results/peers; PARTS=\"ppo\""
-	@echo "make glossary write the METRICS table into README.md"
+	@echo "make glossary write the METRICS table into both READMEs"
 
 $(VENV)/.installed: requirements.lock pyproject.toml scripts/before_install.py
 	@$(PYTHON) scripts/before_install.py "$(TORCH_INDEX)"
@@ -41,6 +58,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run scripts/*.sh
+	@if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint Dockerfile; \
+	  else echo "no hadolint for this platform: the Dockerfile is not checked"; fi
+	@if [ -x $(BIN)/actionlint ]; then $(BIN)/actionlint; \
+	  else echo "no actionlint for this platform: the workflows are not checked"; fi
 
 PARTS ?= all
 verify: install
@@ -67,8 +89,32 @@ $(PEERS_VENV)/.installed: scripts/peers/requirements-trl-1.12.txt
 peers: install $(PEERS_VENV)/.installed
 	$(BIN)/python scripts/peers/run.py $(PARTS) --trl-1.12 $(PEERS_VENV)/bin/python
 
+COMMIT = $(shell git rev-parse HEAD 2>/dev/null)
+build:
+	@command -v $(DOCKER) >/dev/null || { echo "peftbench: $(DOCKER) is not installed; install it, or use LOCAL=1 with train and infer" >&2; exit 2; }
+	$(DOCKER) build --build-arg COMMIT=$(COMMIT) --build-arg TORCH_INDEX=$(TORCH_INDEX) -t $(IMAGE) .
+
+# one line for what was left out; what is unknown, peftbench itself says
+.PHONY: named
+named:
+	@test -n "$(MODEL)" || { echo "peftbench: MODEL is missing; for example: make train PEFT=lora MODEL=gpt-2 ('peftbench list' has the names)" >&2; exit 2; }
+	@test -n "$(PEFT)" || { echo "peftbench: PEFT is missing; for example: make train PEFT=lora MODEL=$(MODEL) ('peftbench list' has the names)" >&2; exit 2; }
+
+train: named $(if $(LOCAL),install)
+	@$(RUN) train --model $(MODEL) --adapter $(PEFT) --method $(METHOD) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+infer: named $(if $(LOCAL),install)
+	@$(RUN) infer --model $(MODEL) --adapter $(PEFT) $(ARGS)
+
+shell: $(if $(LOCAL),install)
+	@$(if $(LOCAL),PATH="$(abspath $(BIN)):$$PATH" $${SHELL:-sh},scripts/image.sh shell)
+
+image-check:
+	scripts/image_check.sh
+
 glossary: install
 	$(BIN)/python scripts/glossary.py README.md
+	$(BIN)/python scripts/glossary.py README.es.md
 
 clean:
 	rm -rf $(VENV) $(PEERS_VENV) output .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftbench.errors import UserError, unknown_name
-from peftbench.targets import ia3_targets, lora_targets
+from peftbench.targets import ia3_targets, lora_targets, norm_targets
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +30,7 @@ class AdapterRow:
     """One way of fine-tuning."""
 
     about: str
-    family: str  # reference, reparametrised, multiplicative or prompt
+    family: str  # reference, additive, selective or reparametrised
     config: Callable[[PreTrainedModel, Settings], PeftConfig | None]  # None: no adapter, all trains
     quantizes_base: bool
     merges: bool  # its effect can be folded into the base's weights
@@ -41,7 +41,9 @@ def _full(model: PreTrainedModel, settings: Settings) -> None:
     """No adapter: every weight trains."""
 
 
-def _lora(model: PreTrainedModel, settings: Settings) -> PeftConfig:
+def _lora(
+    model: PreTrainedModel, settings: Settings, *, dora: bool = False, rslora: bool = False
+) -> PeftConfig:
     """Low-rank updates. Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685"""
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
@@ -49,9 +51,42 @@ def _lora(model: PreTrainedModel, settings: Settings) -> PeftConfig:
     targets = lora_targets(model, settings.targets)
     return LoraConfig(
         task_type="CAUSAL_LM", r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0,
-        bias="none", target_modules=targets,
+        bias="none", target_modules=targets, use_dora=dora, use_rslora=rslora,
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
     )  # fmt: skip
+
+
+def _dora(model: PreTrainedModel, settings: Settings) -> PeftConfig:
+    """LoRA of the weights' directions, and their lengths. Source: Liu et al. 2024, 2402.09353"""
+    return _lora(model, settings, dora=True)
+
+
+def _rslora(model: PreTrainedModel, settings: Settings) -> PeftConfig:
+    """LoRA scaled by alpha / sqrt(r). Source: Kalajdzievski 2023, arXiv 2312.03732"""
+    return _lora(model, settings, rslora=True)
+
+
+def _vera(model: PreTrainedModel, settings: Settings) -> PeftConfig:
+    """Learned scales between two random matrices that all layers share, made from the seed.
+
+    Source: Kopiczko et al. 2024, https://arxiv.org/abs/2310.11454
+    """
+    from peft import VeraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    targets = lora_targets(model, settings.targets)
+    return VeraConfig(
+        task_type="CAUSAL_LM", r=settings.vera_rank, target_modules=targets, vera_dropout=0.0,
+        projection_prng_key=settings.seed, save_projection=False,
+        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
+    )  # fmt: skip
+
+
+def _ln(model: PreTrainedModel, settings: Settings) -> PeftConfig:
+    """The norms' own weights. Source: Zhao et al. 2023, https://arxiv.org/abs/2312.11420"""
+    from peft import LNTuningConfig
+
+    return LNTuningConfig(task_type="CAUSAL_LM", target_modules=norm_targets(model))
 
 
 def _ia3(model: PreTrainedModel, settings: Settings) -> PeftConfig:
@@ -93,14 +128,34 @@ ADAPTERS: dict[str, AdapterRow] = {
         learning_rates={"sft": 5e-4, "dpo": 1e-4, "orpo": 2e-4, "ppo": 1e-4},
     ),
     "ia3": AdapterRow(
-        "learned scales of keys, values and feed-forward activations", "multiplicative", _ia3,
+        "learned scales of keys, values and feed-forward activations", "additive", _ia3,
         quantizes_base=False, merges=True,
         learning_rates={"sft": 1e-2, "dpo": 5e-3, "orpo": 5e-3, "ppo": 5e-3},
     ),
     "prefix": AdapterRow(
-        "learned keys and values before the first token", "prompt", _prefix,
+        "learned keys and values before the first token", "additive", _prefix,
         quantizes_base=False, merges=False,
         learning_rates={"sft": 1e-2, "dpo": 5e-3, "orpo": 5e-3, "ppo": 5e-3},
+    ),
+    "dora": AdapterRow(
+        "lora of the weights' directions, their lengths beside it", "reparametrised", _dora,
+        quantizes_base=False, merges=True,
+        learning_rates={"sft": 5e-4, "dpo": 1e-4, "orpo": 2e-4, "ppo": 1e-4},
+    ),
+    "rslora": AdapterRow(
+        "lora scaled by alpha / sqrt(rank)", "reparametrised", _rslora,
+        quantizes_base=False, merges=True,
+        learning_rates={"sft": 2e-4, "dpo": 5e-5, "orpo": 1e-4, "ppo": 5e-5},
+    ),
+    "vera": AdapterRow(
+        "learned scales between random matrices that all layers share", "reparametrised", _vera,
+        quantizes_base=False, merges=True,
+        learning_rates={"sft": 1e-2, "dpo": 2e-3, "orpo": 5e-3, "ppo": 2e-3},
+    ),
+    "ln": AdapterRow(
+        "the norms' own weights", "selective", _ln,
+        quantizes_base=False, merges=True,
+        learning_rates={"sft": 2e-3, "dpo": 5e-4, "orpo": 1e-3, "ppo": 5e-4},
     ),
 }  # fmt: skip
 
@@ -134,7 +189,24 @@ def attach(model: PreTrainedModel, adapter: str, settings: Settings) -> PreTrain
     for parameter in attached.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    _keep_norms_in_their_dtype(attached)
     return attached
+
+
+def _keep_norms_in_their_dtype(model: PeftModel) -> None:
+    """An RMSNorm whose trained weight is float32 would make float32 of a bfloat16 input, which the
+    next layer refuses."""
+    from peft.tuners.ln_tuning.layer import LNTuningLayer
+
+    for module in model.modules():
+        if isinstance(module, LNTuningLayer):
+            module.register_forward_hook(_in_the_inputs_dtype)
+
+
+def _in_the_inputs_dtype(
+    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+) -> torch.Tensor:
+    return output.to(inputs[0].dtype)
 
 
 def _start_prefix_from_activations(model: PeftModel, settings: Settings) -> None:
@@ -217,9 +289,11 @@ def save_adapter(model: PreTrainedModel | PeftModel, folder: Path) -> int:
     if isinstance(model, PeftModel):
         # "auto" would ask the Hub for the base's vocabulary size
         model.save_pretrained(folder, save_embedding_layers=False)
+        written = "adapter_model*.safetensors"
     else:
         model.save_pretrained(folder)
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        written = "model*.safetensors"
+    return sum(file.stat().st_size for file in folder.glob(written))
 
 
 def load_adapter(
@@ -243,6 +317,7 @@ def load_adapter(
     config.inference_mode = not is_trainable
     base.requires_grad_(False)
     model = get_peft_model(base, config)
+    _keep_norms_in_their_dtype(model)
     outcome = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     # PEFT copies a prefix's weights in by a way of its own and still calls their key unexpected
     if unknown := set(outcome.unexpected_keys) - {"prompt_embeddings"}:
@@ -265,7 +340,10 @@ def merged(model: PeftModel, adapter: str) -> PreTrainedModel:
     if not find_adapter(adapter).merges:
         raise UserError(f"{adapter} does not merge: {ADAPTERS[adapter].about}")
     if not find_adapter(adapter).quantizes_base:
-        return copy.deepcopy(model).merge_and_unload()
+        plain = copy.deepcopy(model).merge_and_unload()
+        for parameter in plain.parameters():  # norms that were trained in float32
+            parameter.data = parameter.data.to(model.dtype)
+        return plain
     deltas = _lora_deltas(model)
     base: PreTrainedModel = copy.deepcopy(model).unload()
     for name, layer in layers_4bit(base).items():

@@ -45,6 +45,7 @@ class Settings:
     rank: int = 8
     alpha: int = 16
     prefix_tokens: int = 16
+    vera_rank: int = 256  # as in VeRA's paper: its two matrices are random and shared
     # on what
     data: str = "tinywiki"
     pairs: int = 512  # preference pairs seen by every method; SFT reads their chosen side
@@ -148,8 +149,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 _AT_LEAST_ONE = (
     "pairs", "batch_size", "gradient_accumulation", "rank", "alpha", "prefix_tokens",
-    "prompt_length", "completion_length", "eval_tokens", "eval_pairs", "eval_batch_size",
-    "eval_samples", "eval_sample_length", "ppo_batch_size", "ppo_epochs", "eval_completions",
+    "vera_rank", "prompt_length", "completion_length", "eval_tokens", "eval_pairs",
+    "eval_batch_size", "eval_samples", "eval_sample_length", "ppo_batch_size", "ppo_epochs",
+    "eval_completions",
 )  # fmt: skip
 
 
@@ -239,8 +241,7 @@ class Case:
     @property
     def id(self) -> str:
         """`tiny-gpt2-lora-dpo`: the test id. A path or a Hub id gives its last part."""
-        model = public_name(self.model).rsplit("/", 1)[-1]
-        return f"{model}-{self.adapter}-{self.method}"
+        return f"{short_name(self.model)}-{self.adapter}-{self.method}"
 
     @property
     def hash(self) -> str:
@@ -297,6 +298,11 @@ def public_name(name: str) -> str:
     """A local path's last part; a table's name or a Hub id as it is."""
     path = expanded(name)
     return path.absolute().name if is_local(name) or path.exists() else name
+
+
+def short_name(model: str) -> str:
+    """As case ids have it: without the owner or the path."""
+    return public_name(model).rsplit("/", 1)[-1]
 
 
 def is_local(name: str) -> bool:
@@ -374,10 +380,11 @@ PRESETS: dict[str, Preset] = {
         ppo=_QUICK_PPO,
     ),
     "quick-full": Preset(
-        ("tiny-gpt2", "tiny-llama"), ("full", "lora", "qlora", "ia3", "prefix"),
+        ("tiny-gpt2", "tiny-llama"),
+        ("full", "lora", "qlora", "ia3", "prefix", "dora", "rslora", "vera", "ln"),
         ("sft", "dpo", "orpo", "ppo", "sft+dpo", "sft+ppo"), _QUICK,
         ppo=_QUICK_PPO,
-        about="60 cases: the same with PPO and both pipelines for every adapter",
+        about="108 cases: every adapter, with PPO and both pipelines",
     ),
     "ppo-truth": Preset(
         ("tiny-gpt2", "tiny-llama"), ("lora",), ("ppo", "sft+ppo"), replace(_QUICK, pairs=1536),
@@ -399,3 +406,9 @@ PRESETS: dict[str, Preset] = {
         about="gpt-2 and llama-7b, every adapter and method, for a nightly GPU job",
     ),
 }  # fmt: skip
+
+
+def preset_for(model: str) -> str:
+    """The preset whose settings suit a model: the first made for it, else a GPU's."""
+    made = (n for n, p in PRESETS.items() if n not in ("smoke", "ppo-truth") and model in p.models)
+    return next(made, "gpu")

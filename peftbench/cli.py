@@ -1,11 +1,15 @@
 """The `peftbench` command. Exit codes: 0 done, 2 a mistake in what was given, 130 stopped;
-`compare` adds 1, 3 and 4 for what it found."""
+`compare` adds 1, 3 and 4 for what it found; `train` 5 for a training that diverged, and `train` and
+`infer` 6 for too little memory."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,14 @@ from peftbench.show import (
     record_lines,
 )
 from peftbench.summary import table
+from peftbench.use_commands import (
+    add_fit_command,
+    add_use_commands,
+    bench,
+    fit_into,
+    infer,
+    train_for_use,
+)
 
 NO_NVML = "nvidia-ml-py is not installed, so the driver cannot be asked: pip install nvidia-ml-py"
 DRIVER_STEP = "install the NVIDIA driver, or give the container the GPU (docker run --gpus all)"
@@ -37,7 +49,8 @@ GPU_FACTS = {
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="peftbench",
-        description="The benchmark itself is `pytest bench`; this is what is around it.",
+        description="What each way of adapting a language model costs, what it buys, and whether"
+        " that changed. The benchmark is `pytest bench`; this is what is around it.",
     )
     parser.add_argument("--version", action="version", version=f"peftbench {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -52,7 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
     fetch = actions.add_parser("fetch", help="download, check and keep them in the cache")
     fetch.add_argument("names", nargs="*", help=f"of: {', '.join(assets.ASSETS)} (default: all)")
     actions.add_parser("list", help="what there is, and what is in the cache")
+    completion = commands.add_parser("completion", help="a shell's completion of this command")
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     add_comparison_commands(commands)
+    add_use_commands(commands)
+    add_fit_command(commands)
     return parser
 
 
@@ -78,6 +95,12 @@ def add_comparison_commands(commands: Any) -> None:
     report.add_argument("files", metavar="FILE", type=Path, nargs="+", help="result files, or"
                         " folders: their newest session is shown, all are its history")  # fmt: skip
     report.add_argument("-o", "--output", metavar="HTML", type=Path, required=True)
+    export = commands.add_parser("export", help="every round as a row of a CSV or Parquet table")
+    export.add_argument(
+        "files", metavar="FILE", type=Path, nargs="+", help="result files or folders"
+    )
+    export.add_argument("-o", "--output", metavar="TABLE", type=Path, required=True,
+                        help="ends in .csv or .parquet")  # fmt: skip
     for command in (compare, history, report):
         command.add_argument(
             "--subject", metavar="LIBRARY", help="order and name sessions by this library's version"
@@ -248,6 +271,17 @@ def write(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, no garbage is collected: of result files everything that is read is kept, and looking
+    for what is not takes a quarter of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def compare_files(options: argparse.Namespace) -> int:
     """Print a comparison; its exit code."""
     # numpy and scipy take a third of a second: only those who compare pay for them
@@ -256,9 +290,11 @@ def compare_files(options: argparse.Namespace) -> int:
     from peftbench.compare.markdown import markdown_text
     from peftbench.compare.text import text_lines
 
-    found = compare_paths(
-        options.base, options.new, options.history, strict=options.strict, subject=options.subject
-    )
+    with uncollected():
+        found = compare_paths(
+            options.base, options.new, options.history, strict=options.strict,
+            subject=options.subject,
+        )  # fmt: skip
     if options.format == "text":
         write("\n".join(text_lines(found, every_row=options.all)))
     else:
@@ -270,7 +306,8 @@ def show_history(options: argparse.Namespace) -> None:
     from peftbench.compare.history import read_history
     from peftbench.compare.history_text import history_lines
 
-    found = read_history(options.folder, options.case, options.metric, options.subject)
+    with uncollected():
+        found = read_history(options.folder, options.case, options.metric, options.subject)
     write("\n".join(history_lines(found)))
 
 
@@ -280,15 +317,40 @@ def make_report(options: argparse.Namespace) -> None:
     write(write_report(options.files, options.output, options.subject))
 
 
+def print_completion(shell: str) -> None:
+    import shtab
+
+    print(shtab.complete(build_parser(), shell))
+
+
+def export_table(options: argparse.Namespace) -> None:
+    from peftbench.export import export
+
+    print(f"{export(options.files, options.output)} rounds in {options.output}")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["bench"]:
+        return bench(given[1:])
+    options = build_parser().parse_args(given)
     try:
         if options.command == "compare":
             return compare_files(options)
+        if options.command == "train":
+            return train_for_use(options)
+        if options.command == "infer":
+            return infer(options)
+        if options.command == "fit":
+            return fit_into(options)
         if options.command == "history":
             show_history(options)
         elif options.command == "report":
             make_report(options)
+        elif options.command == "completion":
+            print_completion(options.shell)
+        elif options.command == "export":
+            export_table(options)
         elif options.command == "list":
             list_tables()
         elif options.command == "env":

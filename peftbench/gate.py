@@ -21,7 +21,7 @@ from peftbench.rounds import CaseRounds
 from peftbench.session import Session
 from peftbench.worker import RoundStoppedError
 
-VERDICTS_FILE = "verdicts.json"
+VERDICTS_FILE = "verdicts"
 USAGE_ERROR = 2
 
 
@@ -73,6 +73,7 @@ def judge(config: pytest.Config, ours: Session, cases: list[Case], data: dict[st
     from peftbench.compare.as_json import json_text
     from peftbench.compare.compare import compare, doubtful, read_base
     from peftbench.compare.load import session_of
+    from peftbench.compare.markdown import markdown_text
     from peftbench.compare.rules import read_rules
     from peftbench.compare.text import text_lines
 
@@ -90,7 +91,9 @@ def judge(config: pytest.Config, ours: Session, cases: list[Case], data: dict[st
                 found = compare(base, new, history, rules, again=seen)
     if left_out:
         found = replace(found, notes=(*found.notes, f"not run, so not compared: {left_out}"))
-    return Verdict(text_lines(found), found.exit_code, written(config, ours, json_text(found)))
+    written(config, ours, "md", markdown_text(found))
+    file = written(config, ours, "json", json_text(found))
+    return Verdict(text_lines(found), found.exit_code, file)
 
 
 def plain(ours: Session, data: dict[str, Any]) -> dict[str, Any]:
@@ -125,13 +128,13 @@ def run_again(ours: Session, cases: list[Case]) -> Session:
     return second
 
 
-def written(config: pytest.Config, ours: Session, text: str) -> Path:
+def written(config: pytest.Config, ours: Session, form: str, text: str) -> Path:
     """The verdicts beside the run's JSON (`run.verdicts.json`), else in the run's folder."""
     target = config.getoption("benchmark_json", None)
     if target is None:
-        path = ours.folder / VERDICTS_FILE
+        path = ours.folder / f"{VERDICTS_FILE}.{form}"
     else:
         path = Path(target if isinstance(target, (str, os.PathLike)) else target.name)
-        path = path.with_name(f"{path.stem}.{VERDICTS_FILE}")
+        path = path.with_name(f"{path.stem}.{VERDICTS_FILE}.{form}")
     write_atomically(path, text)
     return path

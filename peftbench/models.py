@@ -50,6 +50,10 @@ _TINY_LEARNING_RATES = {
     "qlora": {"sft": 5e-3, "dpo": 3e-3, "orpo": 4e-3, "ppo": 1e-3},
     "ia3": {"sft": 0.1, "dpo": 0.15, "orpo": 0.15, "ppo": 0.05},
     "prefix": {"sft": 0.2, "dpo": 0.3, "orpo": 0.4, "ppo": 0.05},
+    "dora": {"sft": 5e-3, "dpo": 3e-3, "orpo": 4e-3, "ppo": 1e-3},
+    "rslora": {"sft": 3e-3, "dpo": 1e-3, "orpo": 2e-3, "ppo": 5e-4},
+    "vera": {"sft": 0.05, "dpo": 0.03, "orpo": 0.05, "ppo": 0.01},
+    "ln": {"sft": 0.02, "dpo": 0.02, "orpo": 0.02, "ppo": 5e-3},
 }
 
 MODELS: dict[str, ModelRow] = {

@@ -37,7 +37,8 @@ from peftbench.methods import METHODS, samples_completions, stages, uses_ppo
 from peftbench.out_of_memory import is_out_of_memory
 from peftbench.quantization import layers_4bit, quantization_of
 from peftbench.record import FORMAT, measured
-from peftbench.training import SilentGate, Training
+from peftbench.training import Gate as StageGate
+from peftbench.training import Keeper, SilentGate, Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -318,11 +319,12 @@ def train(
     case: Case,
     task: TokenTask,
     tokenizer: PreTrainedTokenizerBase | None,
-    gate: Gate,
+    gate: StageGate,
+    keeper: Keeper | None = None,
 ) -> Training:
     """Through the engine that the settings name; the SFT stage of a pipeline first.
 
-    `plain` is the base on a tree of its own, for PPO.
+    `plain` is the base on a tree of its own, for PPO. A `keeper` is asked by the native engine.
     """
     from peftbench import ppo_roles, ppo_training, training, trl_engine
 
@@ -331,16 +333,19 @@ def train(
     if before:
         gate.stage("sft")
         sft = replace(settings, learning_rate=settings.sft_learning_rate, time_budget_s=0.0)
-        training.train(model, task, sft, "sft", SilentGate(), nullcontext())
+        training.train(model, task, sft, "sft", SilentGate(), nullcontext(), keeper)
         reference = nullcontext()  # the model itself, which the second stage has not moved yet
     if last == "ppo":
         roles = ppo_roles.prepare_roles(
             model, plain, case.adapter, task, settings, tokenizer, gate, after_sft=bool(before)
         )
         gate.reference_done()
-        return ppo_training.train(model, roles, task, settings, eos_id_of(model, tokenizer), gate)
-    engine_train = trl_engine.train if settings.engine == "trl" else training.train
-    return engine_train(model, task, settings, last, gate, reference)
+        return ppo_training.train(
+            model, roles, task, settings, eos_id_of(model, tokenizer), gate, keeper
+        )
+    if settings.engine == "trl":
+        return trl_engine.train(model, task, settings, last, gate, reference)
+    return training.train(model, task, settings, last, gate, reference, keeper)
 
 
 def eos_id_of(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> int | None:

@@ -5,11 +5,9 @@ Loaded in every pytest session of an environment that has peftbench, so it impor
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from collections.abc import Generator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,59 +15,22 @@ import pytest
 
 from peftbench import gate
 from peftbench.adapters import ADAPTERS
-from peftbench.case import (
-    CHOICES,
-    PRESETS,
-    Case,
-    Preset,
-    Settings,
-    check_ppo,
-    check_settings,
-    parse_bytes,
-)
-from peftbench.data import assets
-from peftbench.data.loading import check_data, check_lengths
+from peftbench.case import PRESETS, Case, Preset, check_ppo, check_settings
 from peftbench.errors import UserError, unknown_name
 from peftbench.methods import METHODS, uses_ppo
 from peftbench.metrics import METRICS
-from peftbench.models import check_model, find_model, model_context, resolved
+from peftbench.models import resolved
+from peftbench.preflight import impossible, preflight
 from peftbench.privacy import without_secrets
 from peftbench.progress import Progress
-from peftbench.provenance import torch_cuda_version
 from peftbench.record import FORMAT, dumps, write_atomically
 from peftbench.rounds import run_case
 from peftbench.session import Session
+from peftbench.setting_options import SETTING_OPTIONS
 from peftbench.summary import summary_lines
-from peftbench.trl_engine import check_trl
 
 # By the strings that a test's parameters are: the model's public name, the adapter, the method.
 Cases = dict[tuple[str, str, str], Case]
-
-SETTING_TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
-SWITCHES = {"bool"}
-
-HELP = {
-    "engine": "native: one loop for all methods; trl: the same cases through TRL's trainers",
-    "data": "tinywiki, wikipedia-sample, wikitext-2, wikitext-103, a Hub data set, or a local path",
-    "weights": "random: build the model from its config; quality is then not measured",
-    "gpu_memory_limit_bytes": "for example 24GiB: train as if on such a card (emulated)",
-    "host_memory_limit_bytes": "for example 8GiB: what a round may take beyond its imports",
-    "pairs": "preference pairs that every method trains on",
-    "time_budget_s": "stop training after so many seconds (0: the pairs are the budget)",
-    "learning_rate": "one value for all cases (0: the table's, by adapter and method)",
-}
-
-
-def option_name(setting: str) -> str:
-    return "--" + setting.removesuffix("_s").removesuffix("_bytes").replace("_", "-")
-
-
-def size(text: str) -> int:
-    """Of a memory option; argparse shows the sentence of an ArgumentTypeError only."""
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -93,16 +54,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--case-timeout", type=float, default=7200.0, help="seconds after which a case is ended"
     )
     gate.add_options(group)
-    for setting in fields(Settings):
-        choices = f" ({' | '.join(CHOICES[setting.name])})" if setting.name in CHOICES else ""
-        text = HELP.get(setting.name, setting.name.replace("_", " ")) + choices
-        name, dest = option_name(setting.name), f"peftbench_{setting.name}"
-        if str(setting.type) in SWITCHES:
-            group.addoption(name, action="store_true", default=None, dest=dest, help=text)
+    for option in SETTING_OPTIONS:
+        if option.kind is None:
+            group.addoption(
+                option.flag, action="store_true", default=None, dest=option.dest, help=option.help
+            )
         else:
-            plain = SETTING_TYPES[str(setting.type)]
-            kind = size if setting.name.endswith("_bytes") else plain
-            group.addoption(name, type=kind, default=None, dest=dest, help=text)
+            group.addoption(
+                option.flag, type=option.kind, default=None, dest=option.dest, help=option.help
+            )
 
 
 def _names(config: pytest.Config, option: str, default: tuple[str, ...]) -> tuple[str, ...]:
@@ -121,7 +81,7 @@ def selection(config: pytest.Config) -> tuple[Preset, Cases]:
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS)
     preset = PRESETS[name]
-    given = {f.name: config.getoption(f"peftbench_{f.name}") for f in fields(Settings)}
+    given = {option.setting: config.getoption(option.dest) for option in SETTING_OPTIONS}
     options = {k: v for k, v in given.items() if v is not None}
     rounds = config.getoption("rounds")
     models = _names(config, "models", preset.models)
@@ -201,7 +161,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     try:
         keys = [i.callspec.params for i in items]  # type: ignore[attr-defined]
         chosen = [cases[k["model"], k["adapter"], k["method"]] for k in keys]
-        preflight(preset, {c.model for c in chosen}, {c.adapter for c in chosen})
+        models = {c.model for c in chosen}
+        preflight(
+            [m for m in preset.models if m in models], {c.adapter for c in chosen}, preset.settings
+        )
         refuse_other_modes(config)
         gate.check_options(config)
         folder = writable_folder(Path(config.getoption("results_dir")))
@@ -229,28 +192,6 @@ def refuse_other_modes(config: pytest.Config) -> None:
         raise UserError(f"case-timeout is {config.getoption('case_timeout')}; it must be above 0")
 
 
-def preflight(preset: Preset, models: set[str], adapters: set[str]) -> None:
-    """Platform, models, data and lengths, in the order in which a user would fix them."""
-    if sys.platform == "win32":
-        raise UserError("peftbench does not run on Windows itself; run it inside WSL2")
-    settings = preset.settings
-    if settings.device == "cuda" and torch_cuda_version() is None:
-        raise UserError("--device cuda needs a CUDA build of torch, this one is for CPUs only")
-    for model in preset.models:
-        if model in models:
-            check_model(model, settings.weights)
-            row = find_model(model)
-            if row.kind == "asset" and settings.weights == "pretrained":
-                assets.fetch(row.location)
-    check_data(settings)
-    for model in preset.models:
-        if model in models:
-            context = model_context(model, settings.weights)
-            if context is not None and "prefix" in adapters:
-                context -= settings.prefix_tokens  # learned positions count the prefix too
-            check_lengths(settings, context)
-
-
 def writable_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -262,23 +203,6 @@ def writable_folder(folder: Path) -> Path:
             f" give another with --results-dir"
         ) from None
     return folder
-
-
-def impossible(case: Case) -> str | None:
-    """The sentence a user needs for a combination that cannot work, or None."""
-    settings = case.settings
-    if case.adapter == "prefix" and settings.gradient_checkpointing:
-        return "prefix tuning feeds its prefix as a cache, which gradient checkpointing turns off"
-    if settings.optimizer == "paged-adamw-8bit" and (
-        settings.device == "cpu" or torch_cuda_version() is None
-    ):
-        return "paged-adamw-8bit pages between a GPU and its host: on a CPU use adamw"
-    if settings.engine == "trl":
-        try:
-            check_trl(case.method, settings)
-        except UserError as error:
-            return str(error)
-    return None
 
 
 @pytest.fixture

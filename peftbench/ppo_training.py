@@ -29,8 +29,10 @@ from peftbench.ppo_roles import Roles, score_tokens, score_values
 from peftbench.rollout import Rollout
 from peftbench.training import (
     Gate,
+    Keeper,
     StepClock,
     Training,
+    TrainingState,
     build_optimizer,
     build_schedule,
     gradient_bytes,
@@ -111,6 +113,25 @@ class PPO:
         self.micro_batch_tokens: list[list[tuple[int, int]]] = []
         self.rows_read: list[tuple[int, ...]] = []
         self.grad_bytes = 0
+
+    def as_kept(self) -> TrainingState:
+        """What a `Keeper` is given. The reward model's head moves once, in the first update."""
+        head = [] if self.roles.reward_model is None else self.roles.reward_model.head.parameters()
+        return TrainingState(
+            "ppo", self.updates, self.parameters, self.optimizer, self.schedule,
+            others=[p.data for p in head],
+        )  # fmt: skip
+
+    def report(self, kept: TrainingState) -> None:
+        """Bring what the keeper is given up to the last update."""
+        kept.step, kept.history = len(self.history), self.history
+        kept.losses = [torch.tensor(loss, dtype=torch.float64) for loss in self.losses]
+        kept.tokens += sum(real for real, _ in self.micro_batch_tokens[-1])
+
+    def go_on(self, kept: TrainingState) -> None:
+        """Take over what the keeper has put back."""
+        self.history = kept.history
+        self.losses = [float(loss) for loss in kept.losses]
 
     def update(self, index: int) -> None:
         """One update: each part ends with the device's results on the host, its only wait."""
@@ -377,7 +398,13 @@ def flops_per_token(
 
 @masks_from_lengths()
 def train(
-    model: Any, roles: Roles, task: TokenTask, settings: Settings, eos_id: int | None, gate: Gate
+    model: Any,
+    roles: Roles,
+    task: TokenTask,
+    settings: Settings,
+    eos_id: int | None,
+    gate: Gate,
+    keeper: Keeper | None = None,
 ) -> Training:
     """Train in place, one update for each `ppo_batch_size` prompts of the pairs.
 
@@ -390,13 +417,20 @@ def train(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     state = PPO(model, roles, task, settings, eos_id)
+    kept = state.as_kept()
+    if keeper is not None:
+        keeper.begin(kept)
+        state.go_on(kept)
     started_s = time.perf_counter()
-    for index in range(state.updates):
+    for index in range(kept.step, state.updates):
         if index == settings.ppo_warmup_updates:
             synchronize(state.device)
             gate.warmed_up()
             started_s = time.perf_counter()
         state.update(index)
+        if keeper is not None:
+            state.report(kept)
+            keeper.step_done(kept)
         timed = index >= settings.ppo_warmup_updates
         if timed and 0 < settings.time_budget_s <= time.perf_counter() - started_s:
             break

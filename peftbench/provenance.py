@@ -48,6 +48,8 @@ def describe() -> dict[str, Any]:
     from peftbench import __version__
 
     commit, dirty = git_state(Path(__file__).resolve().parent, own_package=True)
+    if commit is None and (named := os.environ.get("PEFTBENCH_COMMIT")):
+        commit, dirty = named, False  # an image has no repository: what it was built from
     return {
         "peftbench": __version__,
         "commit": commit,

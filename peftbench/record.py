@@ -83,6 +83,7 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
     try:
+        os.chmod(temporary, 0o644)  # mkstemp's files are their owner's alone
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()

@@ -74,6 +74,21 @@ def ia3_targets(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     return attention + feedforward, feedforward
 
 
+def norm_targets(model: PreTrainedModel) -> list[str]:
+    """Every LayerNorm and RMSNorm with weights of its own."""
+    from torch import nn
+
+    return _found(
+        [
+            name
+            for name, module in model.named_modules()
+            if (isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"))
+            and any(True for _ in module.parameters(recurse=False))
+        ],
+        model, "norms with weights",
+    )  # fmt: skip
+
+
 def _leaf(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 

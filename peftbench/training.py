@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from peftbench.batches import Batch, Sides, collate
+from peftbench.batches import Batch, Sides, collate, token_counts
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.errors import UserError
 from peftbench.methods import METHODS, dpo, orpo, sft
@@ -55,6 +55,35 @@ class Training:
     grad_bytes: int  # of all gradients at the end of a backward pass
     optimizer_state_bytes: int  # moments and counters, wherever they lie
     ppo: PPOOutcome | None = None
+
+
+@dataclass
+class TrainingState:
+    """Where one stage of a training stands: with its case, all that is needed to go on."""
+
+    stage: str  # sft, dpo, orpo or ppo
+    steps: int  # of the whole stage: optimiser steps, of PPO its updates
+    parameters: list[torch.nn.Parameter]  # those of the optimiser, in its order
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    step: int = 0  # steps done
+    tokens: int = 0  # non-padding tokens that the policy has read
+    losses: list[torch.Tensor] = field(
+        default_factory=list
+    )  # of each optimiser step, on the device
+    history: list[dict[str, float | int | None]] = field(default_factory=list)  # PPO's, by update
+    # beside what the optimiser moves: what the stage changed once and needs as it is
+    others: list[torch.Tensor] = field(default_factory=list)
+
+
+class Keeper(Protocol):
+    """Who keeps a training while it runs. The benchmark has none: nothing writes in its clock."""
+
+    def begin(self, state: TrainingState) -> None:
+        """Before the first step: puts back what an interrupted run of this stage has left."""
+
+    def step_done(self, state: TrainingState) -> None:
+        """After each step."""
 
 
 class SilentGate:
@@ -118,6 +147,7 @@ class Window:
 
     batches: list[Batch]
     completion_tokens: int  # chosen completion tokens of all of them: SFT's normaliser
+    tokens: int  # non-padding tokens of all of them
 
 
 def build_windows(
@@ -128,6 +158,7 @@ def build_windows(
         Window(
             [collate(pairs, sides, device) for pairs in window],
             sum(len(pair.chosen) for pairs in window for pair in pairs),
+            sum(token_counts(pairs, sides)[0] for pairs in window),
         )
         for window in micro_batches(task.train, settings)
     ]
@@ -232,6 +263,7 @@ def train(
     method: str,
     gate: Gate,
     reference: AbstractContextManager[None],
+    keeper: Keeper | None = None,
 ) -> Training:
     """Train in place for the budget; the model is left in training mode.
 
@@ -261,10 +293,12 @@ def train(
     optimizer = build_optimizer(trained, settings, settings.learning_rate)
     schedule = build_schedule(optimizer, settings, settings.steps)
     wrapped = accelerator.prepare_model(model)
-    losses: list[torch.Tensor] = []
+    state = TrainingState(method, len(windows), trained, optimizer, schedule)
+    if keeper is not None:
+        keeper.begin(state)
     clock = StepClock(device)
     started_s = time.perf_counter()
-    for step, window in enumerate(windows):
+    for step, window in enumerate(windows[state.step :], start=state.step):
         if step == settings.warmup_steps:
             synchronize(device)
             gate.warmed_up()
@@ -285,8 +319,11 @@ def train(
             torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
         optimizer.step()
         schedule.step()
-        losses.append(step_loss)
+        state.losses.append(step_loss)
         clock.mark()
+        state.step, state.tokens = step + 1, state.tokens + window.tokens
+        if keeper is not None:
+            keeper.step_done(state)
         timed = step >= settings.warmup_steps
         if timed and 0 < settings.time_budget_s <= time.perf_counter() - started_s:
             break
@@ -295,7 +332,8 @@ def train(
     grad_bytes = gradient_bytes(trained)
     optimizer.zero_grad(set_to_none=True)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    return Training([float(x) for x in losses], clock.step_s(), grad_bytes, state_bytes(optimizer))
+    losses = [float(x) for x in state.losses]
+    return Training(losses, clock.step_s(), grad_bytes, state_bytes(optimizer))
 
 
 def gradient_bytes(parameters: Iterable[torch.nn.Parameter]) -> int:

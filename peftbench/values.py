@@ -130,15 +130,22 @@ def work_values(
 
 def disturbances(phases: Phases, device: torch.device) -> list[str]:
     """Why this round's times are not the case's own: one sentence each, in most rounds none."""
-    train = phases.readings["train"]
-    if device.type != "cpu" or train.other_cpu_s is None:
+    if device.type != "cpu":
         return []
-    if train.other_cpu_s <= MOST_OTHER_CPU_RATIO * capacity_s(train) + _TICKS_S:
-        return []
-    return [
-        f"other processes took {train.other_cpu_s / capacity_s(train):.0%} of this machine's CPU"
-        f" time during training (above {MOST_OTHER_CPU_RATIO:.0%} a round does not count)"
-    ]
+    headline = [phases.readings[n] for n in HEADLINE_PHASES if n in phases.readings]
+    for words, readings in (
+        ("during training", [phases.readings["train"]]),
+        ("in what `method_s` is made of", headline),
+    ):
+        others_s = [r.other_cpu_s for r in readings]
+        known_s = sum(s for s in others_s if s is not None)
+        all_s = sum(capacity_s(r) for r in readings)
+        if None not in others_s and known_s > MOST_OTHER_CPU_RATIO * all_s + _TICKS_S:
+            return [
+                f"other processes took {known_s / all_s:.0%} of this machine's CPU time {words}"
+                f" (above {MOST_OTHER_CPU_RATIO:.0%} a round does not count)"
+            ]
+    return []
 
 
 def quantile(ordered: list[float], q: float) -> float:

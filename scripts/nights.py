@@ -6,12 +6,14 @@
    where that is more than 10 %, a step that is 10 % slower is shown and proves nothing, and one
    that is slower by half more than what it detects must be found instead.
 
-Runs lie in output/nights/<commit>; one that is there is not repeated, so an interrupted proof goes
-on. Prints what the comparison printed and exits with 1 if one of them was not as expected.
+Runs lie in output/nights/<preset>-<commit>; one that is there is not repeated, so an interrupted
+proof goes on, and with --runs FOLDER a later comparison judges the runs of an earlier commit.
+Prints what the comparison printed and exits with 1 if one of them was not as expected.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -112,10 +114,14 @@ def reduced(nights: list[Path], file: Path) -> Path:
 
 
 def main() -> int:
-    preset = sys.argv[1] if len(sys.argv) > 1 else "quick"
-    count = int(sys.argv[2]) if len(sys.argv) > 2 else NIGHTS
+    parser = argparse.ArgumentParser(description="The comparison on real runs.")
+    parser.add_argument("--preset", default="quick")
+    parser.add_argument("--nights", type=int, default=NIGHTS)
+    parser.add_argument("--runs", type=Path)
+    options = parser.parse_args()
+    preset, count = options.preset, options.nights
     where = provenance.describe()
-    folder = ROOT / "output" / "nights" / f"{preset}-{str(where['commit'])[:12]}"
+    folder = options.runs or ROOT / "output" / "nights" / f"{preset}-{str(where['commit'])[:12]}"
     nights = [folder / "nights" / f"night-{number:02d}.json" for number in range(1, count + 1)]
     (folder / "nights").mkdir(parents=True, exist_ok=True)
     held = []

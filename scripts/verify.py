@@ -43,6 +43,8 @@ PARTS: dict[str, list[list[str]]] = {
         [*PYTEST, "bench", "--preset", "ppo-truth", f"--benchmark-json={JSON.format('truth')}"],
         [sys.executable, "scripts/claims.py", "ppo-truth", JSON.format("truth")],
     ],
+    # the built wheel in an environment of its own, without the checkout
+    "wheel": [["bash", "scripts/wheel_check.sh"]],
     # the comparison on eleven real nights and on changes put in one at a time, over an hour
     "nights": [[sys.executable, "scripts/nights.py"]],
     # the real model on real text, about an hour

@@ -118,12 +118,15 @@ def train(model: Any, steps: int, learning_rate: float = 1e-2) -> None:
         optimizer.step()
 
 
+OF_ADAPTERS = ("lora_", "ia3_", "prompt_encoder", "vera_lambda", "ln_tuning_layers")
+
+
 def base_state(model: Any, adapter: str) -> dict[str, torch.Tensor]:
     """Every tensor of the base, 4-bit storage and its scales included, by the base's own names."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     state = {}
     for name, parameter in base.named_parameters():
-        if "lora_" in name or "ia3_" in name or "prompt_encoder" in name:
+        if any(mark in name for mark in OF_ADAPTERS):
             continue
         name = name.replace(".base_layer", "")
         state[name] = parameter.detach().clone()
@@ -148,6 +151,8 @@ def test_start_is_the_base_exactly_except_for_a_prefix(
     difference = (logits(attached) - expected).abs().max().item()
     if adapter == "prefix":
         assert difference > 1e-3
+    elif adapter == "dora":  # divides by the weights' lengths and multiplies by them again
+        assert difference < (1e-5 if dtype == torch.float32 else 0.1)
     else:
         assert difference == 0
 
@@ -191,7 +196,7 @@ def test_same_seed_gives_the_same_start_and_leaves_torchs_random_state_alone(
     first, again, other = starts
     assert all(torch.equal(first[name], again[name]) for name in first)
     differs = any(not torch.equal(first[name], other[name]) for name in first)
-    assert differs is (adapter in ("lora", "qlora", "prefix"))
+    assert differs is (adapter in ("lora", "qlora", "prefix", "dora", "rslora"))
 
 
 def test_lora_and_qlora_have_the_same_start_and_targets(folder: str) -> None:
@@ -215,7 +220,10 @@ def test_only_the_adapter_trains_and_its_weights_are_float32(
     if adapter == "full":
         assert trainable == names
     else:
-        marks = {"prefix": "prompt_encoder", "ia3": "ia3_l"}.get(adapter, "lora_")
+        marks = {
+            "prefix": "prompt_encoder", "ia3": "ia3_l", "vera": "vera_lambda",
+            "ln": "ln_tuning_layers",
+        }.get(adapter, "lora_")  # fmt: skip
         assert all(marks in name for name in trainable)
         assert all(name in trainable for name, _ in model.named_parameters() if marks in name)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
@@ -376,8 +384,10 @@ def test_left_padded_rows_with_their_positions_give_the_unpadded_logits(
     assert torch.allclose(found[1], logits(model, input_ids=IDS[1:2])[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("adapter", ["lora", "qlora", "ia3", "prefix"])
-def test_a_row_exists_for_each_adapter_with_a_rate_for_each_method(adapter: str) -> None:
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_row_has_a_family_and_a_rate_for_each_method(adapter: str) -> None:
+    families = ("reference", "additive", "selective", "reparametrised", "hybrid")
+    assert ADAPTERS[adapter].family in families
     stages_of_all = {stage for method in METHODS for stage in stages(method)}
     assert set(ADAPTERS[adapter].learning_rates) >= stages_of_all
     assert "reward" in ADAPTERS["lora"].learning_rates
@@ -504,7 +514,9 @@ def test_every_adapter_works_on_architectures_that_no_table_lists(
     base = load(folders[architecture], adapter)
     expected = logits(base)
     model = attach(base, adapter, SETTINGS)
-    if adapter not in ("prefix", "full"):
+    if adapter == "dora":
+        assert torch.allclose(logits(model), expected, atol=1e-5)
+    elif adapter not in ("prefix", "full"):
         assert torch.equal(logits(model), expected)
     before = snapshot(model)
     train(model, steps=3)

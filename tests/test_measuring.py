@@ -259,6 +259,13 @@ def test_a_round_on_a_shared_machine_says_so():
     (sentence,) = disturbances(watch, CPU)
     assert sentence.startswith("other processes took 50% of this machine's CPU time")
     assert disturbances(watch, torch.device("cuda")) == []
+    # what `method_s` holds beside the training counts as well
+    watch.readings["train"] = reading(10.0, other_cpu_s=0.0)
+    watch.readings["reward_model"] = reading(10.0, other_cpu_s=0.5 * 10 * cores)
+    (sentence,) = disturbances(watch, CPU)
+    assert "in what `method_s` is made of" in sentence
+    watch.readings["evaluate"] = watch.readings.pop("reward_model")
+    assert disturbances(watch, CPU) == []
 
 
 def test_sentinels_are_finite_and_a_product_is_faster_than_a_launch():

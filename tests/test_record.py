@@ -79,8 +79,9 @@ def test_metric_rows_are_complete(name):
     assert metric.version >= 1
 
 
-def test_readme_glossary_is_the_table():
-    readme = Path(__file__).parent.parent / "README.md"
+@pytest.mark.parametrize("name", ["README.md", "README.es.md"])
+def test_readme_glossary_is_the_table(name):
+    readme = Path(__file__).parent.parent / name
     assert glossary() in readme.read_text(), "run `make glossary`"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from report_files import ADAPTERS, HOSTILE, MIB, NO_GPU, hostile, many, record, session
 
+from peftbench.adapters import ADAPTERS as ALL
 from peftbench.cli import main
 from peftbench.compare.rules import read_rules
 from peftbench.report.cases import cases_of, curve_of
@@ -195,7 +196,8 @@ def test_adapters_differ_in_shape_and_colour_and_line():
     every = [*MARKS.values(), *SPARE]
     assert len({m.symbol for m in every}) == len({m.colour for m in every}) == len(every)
     assert {m.symbol for m in every} == set(SHAPES)
-    assert list(marks_of(["dora", "prefix", "lora"])) == ["lora", "prefix", "dora"]
+    assert set(MARKS) == set(ALL)
+    assert list(marks_of(["other", "prefix", "lora"])) == ["lora", "prefix", "other"]
     assert all(contrast_on_white(m.colour) >= 4.5 for m in every)
 
 

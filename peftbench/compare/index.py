@@ -8,8 +8,10 @@ that is lost or damaged is made again.
 from __future__ import annotations
 
 import hashlib
+import os
 from contextlib import suppress
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ import orjson
 from peftbench.compare.load import CaseRow, Round, Session, read_session
 from peftbench.data.assets import cache_dir
 from peftbench.metrics import METRICS
-from peftbench.record import write_atomically
 
 INDEX_VERSION = 1
 OF_SESSION = tuple(f.name for f in fields(Session) if f.name not in ("name", "cases"))
@@ -41,14 +42,22 @@ def read_indexed(path: Path) -> Session:
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         session = read_session(path)
     with suppress(OSError):  # a cache that cannot be written costs time only
-        write_atomically(entry, orjson.dumps(to_entry(session)).decode())
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = entry.with_name(f".{entry.name}.{os.getpid()}")
+        # not synchronised with the disk: an entry that a power cut damaged is made again
+        unfinished.write_bytes(orjson.dumps(to_entry(session)))
+        unfinished.replace(entry)
     return session
 
 
 def index_folder() -> Path:
     """Entries of other metrics or of another form lie in other folders."""
-    kind = hashlib.sha256(repr((INDEX_VERSION, *METRICS)).encode()).hexdigest()[:12]
-    return cache_dir() / "index" / kind
+    return cache_dir() / "index" / kind_of_entries()
+
+
+@cache
+def kind_of_entries() -> str:
+    return hashlib.sha256(repr((INDEX_VERSION, *METRICS)).encode()).hexdigest()[:12]
 
 
 def to_entry(session: Session) -> dict[str, Any]:

@@ -133,9 +133,9 @@ def case_row(record: dict[str, Any]) -> CaseRow:
 
 def round_of(entry: dict[str, Any], record: dict[str, Any]) -> Round:
     values, broken = {}, {}
-    for name in METRICS.keys() & entry.keys():
-        value = entry[name]
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    for name in METRICS:
+        value = entry.get(name)
+        if (type(value) is float or type(value) is int) and math.isfinite(value):
             values[name] = value
         elif value is not None:
             broken[name] = f"{value!r} is no finite number"[:80]

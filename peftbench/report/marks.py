@@ -26,13 +26,15 @@ MARKS = {
     "qlora": Mark("#b34700", "diamond", "dash"),
     "ia3": Mark("#00725a", "triangle-up", "dot"),
     "prefix": Mark("#9b2f86", "x", "dashdot"),
+    "dora": Mark("#7a5c00", "star", "longdash"),
+    "rslora": Mark("#8c1c2e", "triangle-down", "dash"),
+    "vera": Mark("#3d4fb8", "cross", "dot"),
+    "ln": Mark("#35701d", "hexagon", "dashdot"),
 }
 SPARE = (
-    Mark("#7a5c00", "star", "longdash"),
-    Mark("#8c1c2e", "triangle-down", "dash"),
-    Mark("#3d4fb8", "cross", "dot"),
-    Mark("#35701d", "hexagon", "dashdot"),
     Mark("#5b4a8a", "pentagon", "longdashdot"),
+    Mark("#00686e", "diamond-tall", "longdash"),
+    Mark("#6b3a1e", "bowtie", "dot"),
 )
 SHAPES = {
     "square": '<path d="M3 3h10v10H3z"/>',
@@ -44,6 +46,8 @@ SHAPES = {
     "cross": '<path d="M6 2h4v4h4v4h-4v4H6v-4H2V6h4z"/>',
     "star": '<path d="m8 1 2 5h5l-4 3.5L12.500 15 8 11.500 3.500 15 5 9.500 1 6h5z"/>',
     "hexagon": '<path d="M8 1.500 14 5v6l-6 3.500L2 11V5z"/>',
+    "diamond-tall": '<path d="M8 1 12 8 8 15 4 8z"/>',
+    "bowtie": '<path d="M2 3 8 8 2 13zM14 3 8 8l6 5z"/>',
     "pentagon": '<path d="M8 1.500 14.500 6.500 12 14H4L1.500 6.500z"/>',
 }  # fmt: skip
 

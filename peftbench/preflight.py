@@ -1,0 +1,53 @@
+"""What can be known not to work before anything is loaded, each with one sentence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from peftbench.case import Case, Settings
+from peftbench.data import assets
+from peftbench.data.loading import check_data, check_lengths
+from peftbench.errors import UserError
+from peftbench.models import check_model, find_model, model_context
+from peftbench.provenance import torch_cuda_version
+from peftbench.trl_engine import check_trl
+
+
+def preflight(models: Sequence[str], adapters: set[str], settings: Settings) -> None:
+    """Platform, models, data and lengths, in the order in which a user would fix them.
+
+    Fetches what has to be fetched. Raises: UserError.
+    """
+    if sys.platform == "win32":
+        raise UserError("peftbench does not run on Windows itself; run it inside WSL2")
+    if settings.device == "cuda" and torch_cuda_version() is None:
+        raise UserError("--device cuda needs a CUDA build of torch, this one is for CPUs only")
+    for model in models:
+        check_model(model, settings.weights)
+        row = find_model(model)
+        if row.kind == "asset" and settings.weights == "pretrained":
+            assets.fetch(row.location)
+    check_data(settings)
+    for model in models:
+        context = model_context(model, settings.weights)
+        if context is not None and "prefix" in adapters:
+            context -= settings.prefix_tokens  # learned positions count the prefix too
+        check_lengths(settings, context)
+
+
+def impossible(case: Case) -> str | None:
+    """The sentence a user needs for a combination that cannot work, or None."""
+    settings = case.settings
+    if case.adapter == "prefix" and settings.gradient_checkpointing:
+        return "prefix tuning feeds its prefix as a cache, which gradient checkpointing turns off"
+    if settings.optimizer == "paged-adamw-8bit" and (
+        settings.device == "cpu" or torch_cuda_version() is None
+    ):
+        return "paged-adamw-8bit pages between a GPU and its host: on a CPU use adamw"
+    if settings.engine == "trl":
+        try:
+            check_trl(case.method, settings)
+        except UserError as error:
+            return str(error)
+    return None
