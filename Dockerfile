@@ -23,9 +23,9 @@ RUN python3 -m venv /opt/venv \
 COPY pyproject.toml README.md LICENSE /opt/peftbench/
 COPY peftbench /opt/peftbench/peftbench
 RUN /opt/venv/bin/pip install --no-cache-dir --no-deps --no-build-isolation /opt/peftbench \
- && mkdir --mode=1777 /cache /work /work/output
+ && mkdir --mode=1777 /cache /peftbench /peftbench/output
 
-# Whoever runs it may be any user id, so what is written goes to /cache and /work/output.
+# Whoever runs it may be any user id, so what is written goes to /cache and /peftbench/output.
 ARG COMMIT=""
 ENV PATH=/opt/venv/bin:${PATH} \
     HOME=/cache USER=peftbench LOGNAME=peftbench \
@@ -34,7 +34,7 @@ ENV PATH=/opt/venv/bin:${PATH} \
     PYTHONUNBUFFERED=1 PEFTBENCH_COMMIT=${COMMIT} PEFTBENCH_IMAGE=peftbench:${COMMIT}
 LABEL org.opencontainers.image.title="peftbench" \
       org.opencontainers.image.revision="${COMMIT}"
-WORKDIR /work
+WORKDIR /peftbench
 USER 10001
 ENTRYPOINT ["peftbench"]
 CMD ["--help"]

@@ -26,7 +26,7 @@ if [ "$gpus" != none ]; then
   options+=(--gpus "$gpus")
 fi
 mkdir -p "$output" "$cache"
-options+=(-v "$output:/work/output" -v "$cache:/cache")
+options+=(-v "$output:/peftbench/output" -v "$cache:/cache")
 [ -t 0 ] && [ -t 1 ] && options+=(-it)
 if [ "${1:-}" = shell ]; then
   exec "$docker" run "${options[@]}" --entrypoint bash "$image"

@@ -50,7 +50,7 @@ def test_train_passes_gpu_user_token_by_name_and_volumes(machine, tmp_path):
     assert at["--user"] == f"{os.getuid()}:{os.getgid()}"
     assert {"HUGGINGFACE_TOKEN", "HF_TOKEN"} <= set(asked)
     assert not any("plantedtoken" in word for word in asked)
-    assert f"{tmp_path / 'out'}:/work/output" in asked
+    assert f"{tmp_path / 'out'}:/peftbench/output" in asked
     assert f"{tmp_path / '.cache/peftbench-image'}:/cache" in asked
     end = asked[asked.index("peftbench") :]
     assert end == ["peftbench", "train", "--model", "gpt-2", "--adapter", "ia3", "--method", "dpo",
