@@ -154,7 +154,11 @@ def bench(arguments: list[str]) -> int:
     if not any(argument.startswith("--benchmark-json") for argument in arguments):
         BENCH_JSON.parent.mkdir(parents=True, exist_ok=True)
         arguments = [f"--benchmark-json={BENCH_JSON}", *arguments]
-    given = [str(matrix.__file__), "-p", "no:cacheprovider", f"--rootdir={Path.cwd()}"]
+    given = [
+        str(matrix.__file__), "-p", "no:cacheprovider", f"--rootdir={Path.cwd()}",
+        # of peftbench itself, which is here already: there is nothing in it to rewrite
+        "-W", "ignore::pytest.PytestAssertRewriteWarning",
+    ]  # fmt: skip
     return int(pytest.main([*given, "--benchmark-columns=median,rounds", *arguments]))
 
 

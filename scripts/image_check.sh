@@ -5,6 +5,7 @@
 # Dockerfile names (this one has Debian's Python).
 #
 # WORK  where it is built (a new folder in /tmp; some 8 GB)   MIRROR  of Debian (apt's own)
+# FOLDERS  of this machine that pip's settings name as local indexes, for the time of the build
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "$(id -u)" != 0 ]; then
@@ -27,15 +28,26 @@ printf '[storage]\ndriver = "vfs"\ngraphroot = "%s/storage"\nrunroot = "%s/run"\
 if ! buildah images --quiet localhost/base >/dev/null 2>&1; then
   [ -d "$work/base" ] || debootstrap --variant=minbase \
     --include=ca-certificates,python3,python3-venv bookworm "$work/base" ${MIRROR:+"$MIRROR"}
-  # what lets apt and pip of this machine reach their indexes
-  for file in /etc/apt/apt.conf.d/*proxy* /etc/pip.conf /etc/resolv.conf; do
+  # what lets apt and pip of this machine reach their indexes: proxies, certificates, pip's settings
+  for file in /etc/apt/apt.conf.d/*proxy* /etc/resolv.conf /etc/ssl/certs/ca-certificates.crt; do
     if [ -e "$file" ]; then cp "$file" "$work/base$file"; fi
   done
+  python3 - >"$work/base/etc/pip.conf" <<'END'
+import subprocess, sys
+shown = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
+found = dict(line.split("=", 1) for line in shown.stdout.splitlines() if "=" in line)
+settings = {key.split(".", 1)[1]: value.strip("'") for key, value in found.items()}
+settings["cert"] = "/etc/ssl/certs/ca-certificates.crt"
+wanted = ("index-url", "extra-index-url", "find-links", "cert", "timeout")
+print("[global]", *(f"{k} = {settings[k]}" for k in wanted if k in settings), sep="\n")
+END
   container=$(buildah from scratch)
   buildah add --quiet "$container" "$work/base" / >/dev/null
   buildah commit --quiet --rm "$container" localhost/base >/dev/null
 fi
-buildah build --build-arg BASE=localhost/base --build-arg COMMIT="$(git rev-parse HEAD)" \
+volumes=()
+for folder in ${FOLDERS:-}; do volumes+=(--volume "$folder:$folder:ro"); done
+buildah build "${volumes[@]}" --build-arg BASE=localhost/base --build-arg COMMIT="$(git rev-parse HEAD)" \
   --tag localhost/peftbench .
 container=$(buildah from localhost/peftbench)
 trap 'buildah rm "$container" >/dev/null' EXIT

@@ -57,8 +57,8 @@ COLUMNS=160 "$venv/bin/python" -m pytest bench -p no:cacheprovider "${options[@]
 } >"$out/summary.md"
 
 if [ -f "$out/run.json" ]; then
-  "$venv/bin/python" -m peftbench report "$out/run.json" "$history/$leg" -o "$out/report.html"
   commit=$(git rev-parse --short HEAD)
   cp "$out/run.json" "$history/$leg/$(date -u +%F-%H%M%S)-$commit.json"
+  "$venv/bin/python" -m peftbench report "$history/$leg" -o "$out/report.html"
 fi
 exit "$code"

@@ -87,6 +87,8 @@ def new_rounds(row: CaseRow, key: Key, seen: set[tuple[str, Key, int]]) -> CaseR
         return row
     fresh = tuple(r for r in row.rounds if r.run_id == "?" or (r.run_id, key, r.seed) not in seen)
     seen.update((r.run_id, key, r.seed) for r in fresh)
+    if len(fresh) == len(row.rounds):
+        return row
     return replace(row, rounds=fresh) if fresh else None
 
 
