@@ -303,7 +303,7 @@ def notes(
         found.append("base and new are the same run")
     if history is not None and len(past) < len(history):
         found.append(
-            f"{len(history) - len(past)} sessions of the history do not precede the new one"
+            f"sessions of the history that do not precede the new one: {len(history) - len(past)}"
         )
     if not new.sentinels or not base.sentinels:
         found.append("no sentinels on one side: the machine's own shift cannot be taken out")
