@@ -26,7 +26,7 @@ from peftbench.progress import Progress
 from peftbench.record import FORMAT, dumps, write_atomically
 from peftbench.rounds import run_case
 from peftbench.session import Session
-from peftbench.setting_options import SETTING_OPTIONS
+from peftbench.setting_options import SETTING_OPTIONS, add_setting_options
 from peftbench.summary import summary_lines
 
 # By the strings that a test's parameters are: the model's public name, the adapter, the method.
@@ -54,15 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--case-timeout", type=float, default=7200.0, help="seconds after which a case is ended"
     )
     gate.add_options(group)
-    for option in SETTING_OPTIONS:
-        if option.kind is None:
-            group.addoption(
-                option.flag, action="store_true", default=None, dest=option.dest, help=option.help
-            )
-        else:
-            group.addoption(
-                option.flag, type=option.kind, default=None, dest=option.dest, help=option.help
-            )
+    add_setting_options(group.addoption)
 
 
 def _names(config: pytest.Config, option: str, default: tuple[str, ...]) -> tuple[str, ...]:

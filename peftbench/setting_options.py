@@ -54,3 +54,12 @@ def _option(name: str, annotation: str) -> SettingOption:
 
 
 SETTING_OPTIONS = tuple(_option(f.name, str(f.type)) for f in fields(Settings))
+
+
+def add_setting_options(add: Callable[..., Any]) -> None:
+    """Every option, None where it is not given; `add` is argparse's or pytest's own."""
+    for option in SETTING_OPTIONS:
+        if option.kind is None:
+            add(option.flag, action="store_true", default=None, dest=option.dest, help=option.help)
+        else:
+            add(option.flag, type=option.kind, default=None, dest=option.dest, help=option.help)

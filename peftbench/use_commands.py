@@ -27,7 +27,7 @@ from peftbench.case import (
 from peftbench.errors import InvalidTrainingError, UserError, unknown_name
 from peftbench.hub import hub_token
 from peftbench.methods import METHODS, uses_ppo
-from peftbench.setting_options import SETTING_OPTIONS, size
+from peftbench.setting_options import SETTING_OPTIONS, add_setting_options, size
 
 TRAINED = Path("output/train")
 BENCH_JSON = Path("output/run.json")
@@ -60,15 +60,7 @@ def add_use_commands(commands: Any) -> None:
     )
     train.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it when it is done")
     settings = train.add_argument_group("settings, each in place of the preset's")
-    for option in SETTING_OPTIONS:
-        if option.kind is None:
-            settings.add_argument(
-                option.flag, action="store_true", default=None, dest=option.dest, help=option.help
-            )
-        else:
-            settings.add_argument(
-                option.flag, type=option.kind, default=None, dest=option.dest, help=option.help
-            )
+    add_setting_options(settings.add_argument)
     infer = commands.add_parser("infer", help="talk to a model and its adapter in a terminal")
     infer.add_argument("--model", required=True, help="a name, a Hub id or a local folder")
     infer.add_argument(
