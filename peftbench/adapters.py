@@ -41,18 +41,24 @@ def _full(model: PreTrainedModel, settings: Settings) -> None:
     """No adapter: every weight trains."""
 
 
+def _is_transposed(model: PreTrainedModel, layer: str) -> bool:
+    """Whether a layer's weight is (inputs, outputs), as GPT-2's Conv1D has it."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(model.get_submodule(layer), Conv1D)
+
+
 def _lora(
     model: PreTrainedModel, settings: Settings, *, dora: bool = False, rslora: bool = False
 ) -> PeftConfig:
     """Low-rank updates. Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685"""
     from peft import LoraConfig
-    from transformers.pytorch_utils import Conv1D
 
     targets = lora_targets(model, settings.targets)
     return LoraConfig(
         task_type="CAUSAL_LM", r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0,
         bias="none", target_modules=targets, use_dora=dora, use_rslora=rslora,
-        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
+        fan_in_fan_out=_is_transposed(model, targets[0]),
     )  # fmt: skip
 
 
@@ -72,13 +78,12 @@ def _vera(model: PreTrainedModel, settings: Settings) -> PeftConfig:
     Source: Kopiczko et al. 2024, https://arxiv.org/abs/2310.11454
     """
     from peft import VeraConfig
-    from transformers.pytorch_utils import Conv1D
 
     targets = lora_targets(model, settings.targets)
     return VeraConfig(
         task_type="CAUSAL_LM", r=settings.vera_rank, target_modules=targets, vera_dropout=0.0,
         projection_prng_key=settings.seed, save_projection=False,
-        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
+        fan_in_fan_out=_is_transposed(model, targets[0]),
     )  # fmt: skip
 
 
@@ -92,12 +97,11 @@ def _ln(model: PreTrainedModel, settings: Settings) -> PeftConfig:
 def _ia3(model: PreTrainedModel, settings: Settings) -> PeftConfig:
     """Learned scales of keys, values and the feed-forward's inner activations."""
     from peft import IA3Config
-    from transformers.pytorch_utils import Conv1D
 
     targets, feedforward = ia3_targets(model)
     return IA3Config(
         task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=feedforward,
-        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
+        fan_in_fan_out=_is_transposed(model, targets[0]),
     )  # fmt: skip
 
 
