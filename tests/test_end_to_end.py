@@ -37,14 +37,15 @@ def test_every_case_is_in_the_file_and_ok(smoke):
 def test_stats_are_the_training_time(smoke):
     differences = []
     for benchmark in smoke[2]["benchmarks"]:
-        ours = [r["train_s"] for r in benchmark["extra_info"]["rounds"]]
-        theirs = benchmark["stats"]["data"]
-        assert len(ours) == len(theirs) == 2
-        differences += [b - a for a, b in zip(ours, theirs, strict=True)]
+        rounds, theirs = benchmark["extra_info"]["rounds"], benchmark["stats"]["data"]
+        assert len(rounds) == len(theirs) == 2
+        for ours, seconds in zip(rounds, theirs, strict=True):
+            difference = seconds - ours["train_s"]
+            # no phase but training is in it, however busy the machine is
+            assert 0 <= difference < 0.2 * (ours["total_s"] - ours["train_s"])
+            differences.append(difference)
     # two messages through a pipe; a busy machine may hold one of them up, not most
-    assert min(differences) >= 0
-    assert statistics.median(differences) < 0.005
-    assert max(differences) < 0.05
+    assert statistics.median(differences) < 0.02
 
 
 def test_every_metric_is_a_number_or_null_with_a_reason(smoke):
@@ -80,8 +81,8 @@ def test_counts_equal_arithmetic(smoke):
         assert row["pairs"] == 32
         assert row["eval_pairs_scored"] == 20
         assert 500 < row["eval_tokens_scored"] < 600
-        timed_pairs = 16  # 2 of the 4 steps warm up
-        assert row["samples_per_s"] * row["train_s"] == pytest.approx(timed_pairs, rel=0.5)
+        for r in row["rounds"]:  # 2 of the 4 steps warm up
+            assert r["samples_per_s"] * r["train_s"] == pytest.approx(16)
         assert row["trainable_ratio"] == row["trainable_params"] / row["total_params"]
         if "lora" in name:  # 4 layers x 4 linears, r = 8: sums of r (in + out)
             shapes = [(128, 384), (128, 128), (128, 512), (512, 128)]
