@@ -26,7 +26,7 @@ from peftbench import adapters, evaluation, models, ppo_values, provenance, valu
 from peftbench.batches import collate, completion_logprobs, forward_logits
 from peftbench.case import Case, Settings
 from peftbench.data.loading import load_task
-from peftbench.data.task import TokenTask
+from peftbench.data.task import TokenPair, TokenTask
 from peftbench.errors import InvalidTrainingError, UserError
 from peftbench.evaluation import Quality
 from peftbench.measuring import host
@@ -132,9 +132,11 @@ def run_round(
         raise InvalidTrainingError("a trained weight is not finite after the last step")
 
     phases.enter("evaluate")
-    quality, judged = None, {}
+    quality, gap, judged = None, None, {}
     if settings.measures_quality:
         quality = quality_of(model, case, task, tokenizer)
+        trained_on = pairs_trained_on(training, case, task)
+        gap = evaluation.score_gap(model, trained_on, task, quality.pairs, settings)
         judged = judge(case, task, tokenizer, quality, base, training)
 
     phases.enter("compare")
@@ -187,6 +189,7 @@ def run_round(
         **values.work_values(phases, training, case, task, flops, peak_flops_per_s),
         **values.memory_values(phases),
         **values.quality_values(quality, base, unquantized_base, task, settings),
+        **({} if gap is None else evaluation.gap_metrics(gap)),
         **ppo_values.training_values(training),
         **judged,
         "kl_to_base_nats_per_token": kl,
@@ -219,7 +222,7 @@ def run_round(
         "phases": {name: asdict(reading) for name, reading in phases.readings.items()},
         "losses": training.losses,
         "ppo_history": None if training.ppo is None else training.ppo.history,
-        "items": values.item_outcomes(quality, base),
+        "items": values.item_outcomes(quality, base, gap),
         "samples": values.samples_text(task, base, quality, tokenizer),
     }
 
@@ -415,6 +418,18 @@ def merge_max_logit_difference(model: Any, case: Case, task: TokenTask) -> float
             raise
         return None
     return float((adapted - folded)[batch.completion_mask].abs().max())
+
+
+def pairs_trained_on(training: Training, case: Case, task: TokenTask) -> tuple[TokenPair, ...]:
+    """The pairs whose chosen side the policy read with gradients; PPO reads its own completions.
+
+    A pipeline's SFT stage reads them all, another training as many as its time budget held.
+    """
+    if case.method == "ppo":
+        return ()
+    settings = case.settings
+    steps = settings.steps if len(stages(case.method)) > 1 else len(training.step_s)
+    return task.train[: steps * settings.batch_size * settings.gradient_accumulation]
 
 
 def rows_trained_on(training: Training, case: Case, task: TokenTask) -> list[tuple[int, ...]]:

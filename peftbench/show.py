@@ -98,7 +98,7 @@ def record_lines(row: dict[str, Any]) -> list[str]:
 
 
 def _repetition(row: dict[str, Any]) -> str:
-    counted, all_rounds = _counted_rounds(row), row.get("rounds", [])
+    counted, all_rounds = counted_rounds(row), row.get("rounds", [])
     if len(all_rounds) < 2:
         return ""
     left_out = len(all_rounds) - len(counted)
@@ -107,7 +107,7 @@ def _repetition(row: dict[str, Any]) -> str:
     return f", median of {len(counted)} rounds (seeds {seeds}{but})"
 
 
-def _counted_rounds(row: dict[str, Any]) -> list[dict[str, Any]]:
+def counted_rounds(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The rounds that `merge_rounds` takes its medians of."""
     rounds: list[dict[str, Any]] = row.get("rounds", [])
     return [r for r in rounds if not r.get("disturbances")] or rounds
@@ -178,7 +178,7 @@ def _shown(row: dict[str, Any], name: str) -> str:
 
 
 def _spread(row: dict[str, Any], name: str) -> str:
-    values = [r[name] for r in _counted_rounds(row) if r.get(name) is not None]
+    values = [r[name] for r in counted_rounds(row) if r.get(name) is not None]
     if len(values) < 2 or min(values) == max(values):
         return ""
     unit = METRICS[name].unit

@@ -31,14 +31,17 @@ def _mib(size: int | None) -> str:
     return "-" if size is None else f"{size / MIB:,.1f}"
 
 
+MEMORY_SOURCES = {
+    "GPU memory that NVML saw in training": "peak_gpu_memory_bytes",
+    "GPU memory that torch reserved in training": "torch_peak_reserved_bytes",
+    "growth of the process's resident memory in training (no GPU)": "host_peak_rss_delta_bytes",
+}
+"""The metric that is a case's peak, by what it is: the first that was measured."""
+
+
 def memory_of(row: dict[str, Any]) -> tuple[str, int | None]:
     """The peak to show and its source: the GPU's where there is one, else the host's growth."""
-    sources = {
-        "GPU memory that NVML saw in training": "peak_gpu_memory_bytes",
-        "GPU memory that torch reserved in training": "torch_peak_reserved_bytes",
-        "growth of the process's resident memory in training (no GPU)": "host_peak_rss_delta_bytes",
-    }
-    for source, name in sources.items():
+    for source, name in MEMORY_SOURCES.items():
         if row[name] is not None:
             return source, row[name]
     return "not measured", None

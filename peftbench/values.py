@@ -13,7 +13,7 @@ from peftbench.adapters import ADAPTERS
 from peftbench.batches import token_counts
 from peftbench.case import Case, Settings
 from peftbench.data.task import TokenTask
-from peftbench.evaluation import Quality
+from peftbench.evaluation import GapScore, Quality
 from peftbench.measuring.host import MOST_OTHER_CPU_RATIO
 from peftbench.measuring.phases import PhaseReading, Phases
 from peftbench.methods import METHODS, uses_ppo
@@ -246,6 +246,9 @@ def null_reasons(
     reasons["other_cpu_ratio"] = "no /proc on this system"
     for name in ("perplexity_se", "nll_per_token_se"):
         reasons.setdefault(name, "one window only")
+    for name in ("generalization_gap_nats_per_token", "generalization_gap_nats_per_token_se"):
+        own = "ppo trains on completions of its own, none of the data's"
+        reasons.setdefault(name, own if case.method == "ppo" else "one pair only")
     return reasons
 
 
@@ -253,16 +256,24 @@ QUALITY = (
     "perplexity", "perplexity_se", "perplexity_base", "perplexity_unquantized_base",
     "perplexity_floor", "nll_per_token", "nll_per_token_se", "nll_per_token_base", "bits_per_byte",
     "bits_per_byte_base", "next_token_accuracy", "next_token_accuracy_base", "preference_accuracy",
+    "generalization_gap_nats_per_token", "generalization_gap_nats_per_token_se",
     "preference_accuracy_se", "preference_accuracy_base", "preference_accuracy_unquantized_base",
     "reward_margin", "kl_to_base_nats_per_token", "eval_tokens_scored", "eval_pairs_scored",
 )  # fmt: skip
 
 
-def item_outcomes(quality: Quality | None, base: Quality | None) -> dict[str, Any]:
+def item_outcomes(
+    quality: Quality | None, base: Quality | None, gap: GapScore | None
+) -> dict[str, Any]:
     """Outcomes of single items, so that two runs, or before and after, can be paired by item."""
     if quality is None or base is None:
         return {}
-    return {
+    gap_items: dict[str, Any] = {}
+    if gap is not None:
+        for kind, losses in (("trained", gap.trained), ("held_out", gap.held_out)):
+            gap_items[f"{kind}_pair_nll_nats"] = [round(x, 4) for x in losses.nll]
+            gap_items[f"{kind}_pair_tokens"] = losses.tokens
+    return gap_items | {
         "preference_correct": "".join("01"[c] for c in quality.pairs.correct()),
         "preference_correct_base": "".join("01"[c] for c in base.pairs.correct()),
         "window_nll_nats": [round(x, 4) for x in quality.text.window_nll],

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from peftbench.evaluation import mean_per_token
+
 Claim = tuple[bool, str]
 
 
@@ -26,10 +28,9 @@ def paired_nll(items: dict[str, Any]) -> tuple[float, float]:
     gains = [
         b - a for a, b in zip(items["window_nll_nats"], items["window_nll_base_nats"], strict=True)
     ]
-    tokens, n = items["window_tokens"], len(gains)
-    mean = math.fsum(gains) / sum(tokens)
-    squares = math.fsum((g - mean * t) ** 2 for g, t in zip(gains, tokens, strict=True))
-    return mean, math.sqrt(squares * n / (n - 1)) / sum(tokens)
+    mean, error = mean_per_token(gains, items["window_tokens"])
+    assert error is not None
+    return mean, error
 
 
 def paired_accuracy(items: dict[str, Any]) -> tuple[float, float]:

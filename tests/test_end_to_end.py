@@ -62,6 +62,8 @@ def test_every_metric_is_a_number_or_null_with_a_reason(smoke):
             "kl_to_base_nats_per_token",
             "host_peak_rss_delta_bytes",
             "reward_margin",
+            "generalization_gap_nats_per_token",
+            "generalization_gap_nats_per_token_se",
         ):
             assert row[name] is not None, (name, row["null_reasons"].get(name))
 
@@ -124,6 +126,9 @@ def test_ppo_and_the_pipelines_leave_records_that_add_up(tmp_path):
         assert (row["reward_model_s"] is None) == (method == "sft+dpo")
         assert row["true_reward_base"] is not None
         assert row["pairs"] == 32
+        read_completions = row["generalization_gap_nats_per_token"] is not None
+        assert read_completions == (method != "ppo")
+    assert "completions of its own" in str(found["ppo"]["null_reasons"])
     dpo = found["sft+dpo"]
     assert dpo["first_loss"] == pytest.approx(0.6931, abs=1e-3)  # its reference is where it starts
     assert dpo["ppo_history"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from peftbench import evaluation
 from peftbench.batches import collate
 from peftbench.case import Settings
 from peftbench.data.task import TokenPair
-from peftbench.evaluation import PairScore, TextScore
+from peftbench.evaluation import ChosenLosses, GapScore, PairScore, TextScore
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
@@ -99,6 +100,53 @@ def test_text_metrics_by_hand():
     assert metrics["bits_per_byte"] == pytest.approx(8 / math.log(2) / 10)
     # residuals 4 - 3.2 and 4 - 4.8: sqrt((0.64 + 0.64) * 2 / 1) / 5
     assert metrics["nll_per_token_se"] == pytest.approx(math.sqrt(1.28 * 2) / 5)
+
+
+def test_the_gap_is_held_out_minus_trained_on_loss_by_plain_transformers(model):
+    """As many pairs of each kind, spread over their set; transformers' own loss on each alone."""
+    pairs = [
+        TokenPair(tuple(tokens(3 + n % 4)), tuple(tokens(2 + n % 5)), tuple(tokens(4)))
+        for n in range(9)
+    ]
+    trained_on, test = pairs[:6], pairs[6:]
+    task = SimpleNamespace(test=test)
+    settings = Settings(eval_batch_size=2)
+    model.train()
+    with evaluation.evaluating(model, settings):
+        held_out = evaluation.score_pairs(model, test, 2)
+    score = evaluation.score_gap(model, trained_on, task, held_out, settings)
+    assert model.training
+    model.eval()
+    means = []
+    for kind in ([trained_on[0], trained_on[2], trained_on[4]], test):
+        nll = 0.0
+        for pair in kind:
+            labels = torch.tensor([[-100] * len(pair.prompt) + list(pair.chosen)])
+            with torch.no_grad():
+                loss = model(torch.tensor([pair.prompt + pair.chosen]), labels=labels).loss
+            nll += loss.double().item() * len(pair.chosen)
+        means.append(nll / sum(len(pair.chosen) for pair in kind))
+    found = evaluation.gap_metrics(score)
+    gap = means[1] - means[0]
+    assert abs(gap) > 1e-3  # else the sign could not be told
+    assert found["generalization_gap_nats_per_token"] == pytest.approx(gap, abs=1e-5)
+    assert score.trained.tokens == [len(trained_on[i].chosen) for i in (0, 2, 4)]
+    assert evaluation.score_gap(model, (), task, held_out, settings) is None
+
+
+def test_the_gaps_standard_error_by_hand():
+    # 1.0 and 3.0 a token, each of 2 tokens: residuals of 2 about 2, sqrt((4 + 4) * 2) / 4 = 1
+    spread = ChosenLosses([2.0, 6.0], [2, 2])
+    even = ChosenLosses([9.0, 9.0], [3, 3])  # 3 a token, no residual
+    found = evaluation.gap_metrics(GapScore(trained=spread, held_out=even))
+    assert found == {
+        "generalization_gap_nats_per_token": pytest.approx(1.0),
+        "generalization_gap_nats_per_token_se": pytest.approx(1.0),
+    }
+    alone = ChosenLosses([4.0], [2])
+    assert evaluation.gap_metrics(GapScore(alone, even)) == {
+        "generalization_gap_nats_per_token": pytest.approx(1.0)
+    }
 
 
 def test_reward_margin_is_beta_times_the_gain_over_the_base():

@@ -216,6 +216,19 @@ def test_flops_of_a_product_and_of_attention_equal_arithmetic():
     assert count_flops(lambda: attention().sum().backward()) == forward + forward // 2 * 5
 
 
+def test_flops_of_a_product_with_a_4bit_weight_are_those_of_a_full_one():
+    """bitsandbytes' product is one operation, which torch's table does not know."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(
+        64, 128, bias=False, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True
+    ).to("cpu")
+    x = torch.ones(2, 3, 64, requires_grad=True)
+    assert layer.weight.dtype == torch.uint8
+    forward = 2 * (2 * 3) * 64 * 128
+    assert count_flops(lambda: layer(x)) == forward
+    assert count_flops(lambda: layer(x).sum().backward()) == 2 * forward  # and the input's gradient
+
+
 def test_gradient_and_optimizer_bytes_equal_arithmetic():
     layer = torch.nn.Linear(30, 20, bias=False)
     frozen = torch.nn.Linear(30, 20).requires_grad_(False)

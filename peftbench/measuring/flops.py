@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,13 @@ def _attention(
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
+def _product_4bit(
+    inputs: Shape, weight: Shape, shape: list[int], *_: Any, out_shape: Any, **_options: Any
+) -> int:
+    """A product with a weight of `shape` (outputs, inputs) that is held in 4 bits."""
+    return 2 * math.prod(inputs) * shape[0]
+
+
 def _attention_backward(
     grad_out: Shape,
     query: Shape,
@@ -35,10 +43,18 @@ def _attention_backward(
 
 # torch's table lacks the CPU's attention kernels: without them a CPU's count would be lower than a
 # GPU's for the same step.
-_CPU_ATTENTION = {
+_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+
+
+def _tables() -> dict[Any, Callable[..., int]]:
+    """What torch's own table lacks; bitsandbytes' product exists once that is imported."""
+    found = dict(_CPU_ATTENTION)
+    if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
+        found[torch.ops.bitsandbytes.gemm_4bit] = _product_4bit
+    return found
 
 
 def count_flops(work: Callable[[], object]) -> int:
@@ -46,6 +62,6 @@ def count_flops(work: Callable[[], object]) -> int:
 
     Attention counts the whole square, masked half included. Elementwise work is not counted.
     """
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_tables()) as counter:
         work()
     return int(counter.get_total_flops())
