@@ -18,6 +18,7 @@ from peftbench.data import assets
 from peftbench.errors import UserError, unknown_name
 from peftbench.hub import hub_token
 from peftbench.record import dumps
+from peftbench.setting_options import size
 from peftbench.show import (
     commit_text,
     find_row,
@@ -95,6 +96,10 @@ def add_comparison_commands(commands: Any) -> None:
     report.add_argument("files", metavar="FILE", type=Path, nargs="+", help="result files, or"
                         " folders: their newest session is shown, all are its history")  # fmt: skip
     report.add_argument("-o", "--output", metavar="HTML", type=Path, required=True)
+    report.add_argument(
+        "--memory", type=size, metavar="SIZE",
+        help="such as 24GiB: name the fastest case that fits into it, and the best",
+    )  # fmt: skip
     export = commands.add_parser("export", help="every round as a row of a CSV or Parquet table")
     export.add_argument(
         "files", metavar="FILE", type=Path, nargs="+", help="result files or folders"
@@ -314,7 +319,7 @@ def show_history(options: argparse.Namespace) -> None:
 def make_report(options: argparse.Namespace) -> None:
     from peftbench.report.html import write_report
 
-    write(write_report(options.files, options.output, options.subject))
+    write(write_report(options.files, options.output, options.subject, options.memory))
 
 
 def print_completion(shell: str) -> None:

@@ -57,14 +57,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add_setting_options(group.addoption)
 
 
-def _names(config: pytest.Config, option: str, default: tuple[str, ...]) -> tuple[str, ...]:
+def _names(config: pytest.Config, option: str) -> tuple[str, ...]:
+    """The names that an option asks for; none where it is not given."""
     given = config.getoption(option)
     if given is None:
-        return default
+        return ()
     names = tuple(dict.fromkeys(n.strip() for n in given.split(",") if n.strip()))
     if not names:
         raise UserError(f"--{option} is empty; give at least one name")
     return names
+
+
+def is_asked(cell: tuple[str, str, str], asked: list[tuple[str, ...]]) -> bool:
+    """Whether a preset's single cell has, on each axis that an option names, one of its names."""
+    return all(not names or name in names for name, names in zip(cell, asked, strict=True))
 
 
 def selection(config: pytest.Config) -> tuple[Preset, Cases]:
@@ -76,16 +82,14 @@ def selection(config: pytest.Config) -> tuple[Preset, Cases]:
     given = {option.setting: config.getoption(option.dest) for option in SETTING_OPTIONS}
     options = {k: v for k, v in given.items() if v is not None}
     rounds = config.getoption("rounds")
-    models = _names(config, "models", preset.models)
-    adapters = _names(config, "adapters", preset.adapters)
-    extra = preset.extra if config.getoption("methods") is None else ()
+    asked = [_names(config, axis) for axis in ("models", "adapters", "methods")]
     preset = Preset(
-        models,
-        adapters,
-        _names(config, "methods", preset.methods),
+        asked[0] or preset.models,
+        asked[1] or preset.adapters,
+        asked[2] or preset.methods,
         replace(preset.settings, **options),
         preset.rounds if rounds is None else rounds,
-        extra=tuple(cell for cell in extra if cell[0] in models and cell[1] in adapters),
+        extra=tuple(cell for cell in preset.extra if is_asked(cell, asked)),
         ppo={**preset.ppo, **options} if preset.ppo else {},
     )
     for kind, names, table in (("adapter", preset.adapters, ADAPTERS),

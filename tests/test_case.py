@@ -139,6 +139,13 @@ def test_quick_preset_is_30_cases_and_ppo_for_lora_and_full():
     assert quick.settings.data == "tinywiki"
 
 
+def test_cpu_real_has_full_for_sft_and_dpo_beside_its_adapters():
+    model = "smollm2-135m-instruct-q4"
+    cells = PRESETS["cpu-real"].cells()
+    assert [c for c in cells if c[1] == "full"] == [(model, "full", "sft"), (model, "full", "dpo")]
+    assert len(cells) == len(set(cells)) == 4 * 4 + 2
+
+
 def test_quick_full_is_every_adapter_and_method():
     full = PRESETS["quick-full"]
     assert set(full.adapters) == set(ADAPTERS)

@@ -192,6 +192,30 @@ def test_qualities_within_two_standard_errors_are_not_told_apart(tmp_path):
     assert memory.text == "100.0 MiB"
 
 
+def test_the_fastest_and_the_best_that_fit_are_named(tmp_path, capsys):
+    """Of full, which is best, 100 MiB are too few; of what fits, lora is best and ia3 fastest."""
+
+    def case(adapter: str, mebibytes: int, seconds: float, loss: float) -> dict:
+        return record("m", adapter, "sft", host_peak_rss_delta_bytes=mebibytes * MIB,
+                      method_s=seconds, nll_per_token=loss)  # fmt: skip
+
+    cases = [case("full", 101, 1.0, 1.0), case("lora", 100, 3.0, 2.0), case("ia3", 50, 2.0, 3.0)]
+    file = session(tmp_path / "r.json", cases)
+    output = tmp_path / "report.html"
+    for memory, words in (
+        ("100MiB", ["m", "sft", "2 of 3", "ia3 2 s", "lora 2 nats nll_per_token"]),
+        ("1GiB", ["m", "sft", "3 of 3", "full 1 s", "full 1 nats nll_per_token"]),
+        ("10MiB", ["m", "sft", "0 of 3", "nothing fits"]),
+    ):
+        assert main(["report", str(file), "-o", str(output), "--memory", memory]) == 0
+        assert Page(output.read_text()).table("best that fits") == [words]
+    assert main(["report", str(file), "-o", str(output)]) == 0
+    assert "best that fits" not in output.read_text()
+    with pytest.raises(SystemExit):
+        main(["report", str(file), "-o", str(output), "--memory", "much"])
+    assert "write for example 24GiB" in capsys.readouterr().err
+
+
 def test_adapters_differ_in_shape_and_colour_and_line():
     every = [*MARKS.values(), *SPARE]
     assert len({m.symbol for m in every}) == len({m.colour for m in every}) == len(every)

@@ -23,7 +23,7 @@ from peftbench.compare.order import place_name
 from peftbench.compare.rules import read_rules
 from peftbench.errors import UserError
 from peftbench.record import write_atomically
-from peftbench.report.cases import Case, cases_of
+from peftbench.report.cases import MEMORY, Case, cases_of
 from peftbench.report.changes import changes_of
 from peftbench.report.figures import figure_data
 from peftbench.report.marks import Mark, family, marks_of, svg
@@ -32,20 +32,24 @@ from peftbench.report.samples import samples_of
 from peftbench.report.sources import Part, read_parts
 from peftbench.report.sparklines import sparklines_of
 from peftbench.report.table import COLUMNS, cells, change_of, definition
-from peftbench.report.takeaways import QUESTIONS, statuses, winners
+from peftbench.report.takeaways import QUESTIONS, statuses, what_fits, winners
 from peftbench.result_files import reading
+from peftbench.show import quantity
 
 SCRIPTS = ("common.js", "table.js", "figures.js")
 
 
-def write_report(files: list[Path], output: Path, subject: str | None = None) -> str:
+def write_report(
+    files: list[Path], output: Path, subject: str | None = None, memory_bytes: int | None = None
+) -> str:
     """Write the page; a line that says where it is, how large, and what it holds.
 
+    With `memory_bytes` the page names the best cases whose peak fits into it.
     Raises: UserError for a file that cannot be read, or an output that cannot be written.
     """
     parts = read_parts(files, read_rules(Path.cwd()), subject)
     with reading(*files):  # what a comparison needs is checked: not samples, curves and phases
-        found = context(parts, subject)
+        found = context(parts, subject, memory_bytes)
     text = page(found)
     try:
         write_atomically(output, text)
@@ -80,7 +84,9 @@ def page(found: dict[str, Any]) -> str:
     )
 
 
-def context(parts: list[Part], subject: str | None = None) -> dict[str, Any]:
+def context(
+    parts: list[Part], subject: str | None = None, memory_bytes: int | None = None
+) -> dict[str, Any]:
     """What the template shows, by section."""
     by_part = [cases_of(part) for part in parts]
     cases = [case for own in by_part for case in own]
@@ -109,6 +115,9 @@ def context(parts: list[Part], subject: str | None = None) -> dict[str, Any]:
         "failed": [case for case in cases if case.status != "ok"],
         "questions": QUESTIONS,
         "winners": winners(cases),
+        "memory": None if memory_bytes is None else quantity(memory_bytes, "bytes"),
+        "fitting": [] if memory_bytes is None else what_fits(cases, memory_bytes),
+        "memory_sources": [MEMORY[m] for m in dict.fromkeys(c.memory for c in cases) if m],
         "changes": [changes_of(p.comparison) for p in parts if p.comparison is not None],
         "columns": [(column, definition(column)) for column in COLUMNS],
         "rows": rows,

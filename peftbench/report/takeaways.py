@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from peftbench.methods import METHODS
 from peftbench.metrics import METRICS
 from peftbench.report.cases import Case
 from peftbench.show import quantity
@@ -32,6 +33,19 @@ class Winners:
     best: tuple[Best | None, ...]
 
 
+@dataclass(frozen=True)
+class Fitting:
+    """Of one model and method, the best of those cases whose recorded peak fits into a memory."""
+
+    model: str
+    method: str
+    cases: int  # that ended ok and have a peak
+    fitting: int
+    fastest: Best | None
+    quality: str  # the metric that the method is for
+    best: Best | None
+
+
 QUESTIONS = ("best preference accuracy", "lowest perplexity", "fastest", "least memory",
              "fewest parameters")  # fmt: skip
 
@@ -42,18 +56,38 @@ def statuses(cases: list[Case]) -> list[tuple[str, int]]:
     return sorted(counted.items(), key=lambda item: (item[0] != "ok", -item[1], item[0]))
 
 
-def winners(cases: list[Case]) -> list[Winners]:
-    """One line for each model and method of which two adapters have numbers."""
+def ended_ok(cases: list[Case]) -> dict[tuple[str, str], list[Case]]:
+    """By model and method."""
     groups: dict[tuple[str, str], list[Case]] = {}
     for case in cases:
         if case.status == "ok":
             groups.setdefault((case.model, case.method), []).append(case)
+    return groups
+
+
+def what_fits(cases: list[Case], memory_bytes: int) -> list[Fitting]:
+    """One line for each model and method that has a recorded peak."""
+    lines = []
+    for (model, method), group in ended_ok(cases).items():
+        known = [(c, size) for c in group if (size := c.memory_bytes) is not None]
+        own = [c for c, size in known if size <= memory_bytes]
+        quality = METHODS[method].target if method in METHODS else "perplexity"
+        if known:
+            lines.append(Fitting(
+                model, method, len(known), len(own), best_cost(own, "method_s"), quality,
+                best_quality(own, quality),
+            ))  # fmt: skip
+    return lines
+
+
+def winners(cases: list[Case]) -> list[Winners]:
+    """One line for each model and method of which two adapters have numbers."""
     return [
         Winners(model, method, len({c.adapter for c in own}), (
             best_quality(own, "preference_accuracy"), best_quality(own, "perplexity"),
             best_cost(own, "method_s"), least_memory(own), best_cost(own, "trainable_params"),
         ))
-        for (model, method), own in groups.items()
+        for (model, method), own in ended_ok(cases).items()
         if len({c.adapter for c in own}) > 1
     ]  # fmt: skip
 
