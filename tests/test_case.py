@@ -21,6 +21,7 @@ from peftbench.data.loading import check_lengths
 from peftbench.errors import UserError, unknown_name
 from peftbench.methods import METHODS, uses_ppo
 from peftbench.models import MODELS, model_context, resolved
+from peftbench.plugin import is_asked
 
 
 def test_id_reads_model_adapter_method():
@@ -144,6 +145,20 @@ def test_cpu_real_has_full_for_sft_and_dpo_beside_its_adapters():
     cells = PRESETS["cpu-real"].cells()
     assert [c for c in cells if c[1] == "full"] == [(model, "full", "sft"), (model, "full", "dpo")]
     assert len(cells) == len(set(cells)) == 4 * 4 + 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        ([(), (), ()], True),  # no option: the preset as it is
+        ([(), (), ("sft", "dpo")], True),
+        ([(), (), ("orpo",)], False),
+        ([(), ("lora",), ()], False),
+        ([("gpt-2",), ("full",), ("dpo",)], False),
+    ],
+)
+def test_a_single_cell_stays_where_no_option_names_others(asked, kept):
+    assert is_asked(("m", "full", "dpo"), asked) is kept
 
 
 def test_quick_full_is_every_adapter_and_method():

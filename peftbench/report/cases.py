@@ -12,12 +12,9 @@ from peftbench.compare.pairing import value
 from peftbench.methods import METHODS
 from peftbench.metrics import METRICS, PHASES
 from peftbench.report.sources import Part
+from peftbench.summary import MEMORY_SOURCES
 
-MEMORY = {
-    "peak_gpu_memory_bytes": "GPU memory that NVML saw in training",
-    "torch_peak_reserved_bytes": "GPU memory that torch reserved in training",
-    "host_peak_rss_delta_bytes": "growth of the process's resident memory in training (no GPU)",
-}
+MEMORY = {metric: words for words, metric in MEMORY_SOURCES.items()}
 """The peak to show, first that was measured; as `peftbench show` chooses it."""
 
 PHASE_MEMORY = {
