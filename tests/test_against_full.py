@@ -11,6 +11,7 @@ import pytest
 from report_files import record, session
 
 from peftbench.metrics import METRICS
+from peftbench.show import read_rows
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
@@ -130,3 +131,10 @@ def test_the_committed_page_is_what_the_committed_records_say(tmp_path, monkeypa
     against_full.main([str(page), *map(str, sorted(Path("results").glob("*/*/*.json")))])
     assert page.read_text(encoding="utf-8") == committed, "run `make against-full`"
     assert "| tiny-gpt2, sft | lora (reparametrised) |" in committed
+
+
+def test_a_record_older_than_the_gap_has_none_and_says_why():
+    file = ROOT / "results" / "xeon-amx-2c" / "quick" / "2026-11-22-1981029.json"
+    for row in read_rows(file):
+        assert row[GAP] is None
+        assert row["null_reasons"][GAP] == "the file is older than this metric"
