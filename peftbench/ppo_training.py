@@ -37,6 +37,7 @@ from peftbench.training import (
     build_schedule,
     gradient_bytes,
     masks_from_lengths,
+    rates_of,
     state_bytes,
     synchronize,
 )
@@ -439,6 +440,7 @@ def train(
     state.optimizer.zero_grad(set_to_none=True)
     return Training(
         state.losses, state.clock.step_s(), state.grad_bytes, state_bytes(state.optimizer),
+        rates_of(state.schedule, len(state.losses)),
         PPOOutcome(
             state.history, settings.ppo_warmup_updates, state.micro_batch_tokens, state.rows_read,
             roles,

@@ -54,6 +54,7 @@ class Training:
     step_s: list[float]  # wall time of each step, warm-up included; device events on a GPU
     grad_bytes: int  # of all gradients at the end of a backward pass
     optimizer_state_bytes: int  # moments and counters, wherever they lie
+    learning_rates: list[float]  # of each optimiser step
     ppo: PPOOutcome | None = None
 
 
@@ -214,6 +215,11 @@ def build_schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
 
+def rates_of(schedule: torch.optim.lr_scheduler.LambdaLR, steps: int) -> list[float]:
+    """The learning rates of a schedule's first steps."""
+    return [float(schedule.base_lrs[0] * schedule.lr_lambdas[0](step)) for step in range(steps)]
+
+
 def batch_loss(
     model: Any, batch: Batch, method: str, settings: Settings, *,
     window_tokens: int, reference: torch.Tensor | None,
@@ -333,7 +339,8 @@ def train(
     optimizer.zero_grad(set_to_none=True)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     losses = [float(x) for x in state.losses]
-    return Training(losses, clock.step_s(), grad_bytes, state_bytes(optimizer))
+    rates = rates_of(schedule, len(losses))
+    return Training(losses, clock.step_s(), grad_bytes, state_bytes(optimizer), rates)
 
 
 def gradient_bytes(parameters: Iterable[torch.nn.Parameter]) -> int:

@@ -64,7 +64,7 @@ def train(
 
     The model comes back with its own forward, configuration and float32 adapter, in training mode.
     """
-    from peftbench.training import StepClock, Training, state_bytes, synchronize
+    from peftbench.training import StepClock, Training, rates_of, state_bytes, synchronize
 
     check_trl(method, settings)
     losses: list[torch.Tensor] = []
@@ -85,6 +85,7 @@ def train(
     return Training(
         [float(sum(step)) for step in steps], clock.step_s(),
         callback.grad_bytes, state_bytes(trainer.optimizer),
+        rates_of(trainer.lr_scheduler, len(steps)),
     )  # fmt: skip
 
 

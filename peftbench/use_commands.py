@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peftbench import trackers
 from peftbench.adapters import ADAPTERS
 from peftbench.case import (
     CHOICES,
@@ -59,6 +60,7 @@ def add_use_commands(commands: Any) -> None:
         "--checkpoint-every", type=float, default=60.0, metavar="SECONDS", help="default: 60"
     )
     train.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it when it is done")
+    train.add_argument("--report-to", metavar="A,B", default="none", help=trackers.HELP)
     settings = train.add_argument_group("settings, each in place of the preset's")
     add_setting_options(settings.add_argument)
     infer = commands.add_parser("infer", help="talk to a model and its adapter in a terminal")
@@ -167,6 +169,7 @@ def train_for_use(options: argparse.Namespace) -> int:
         raise unknown_name("method", options.method, METHODS)
     if not options.checkpoint_every >= 0:
         raise UserError(f"--checkpoint-every is {options.checkpoint_every}; it must be 0 or more")
+    report_to = trackers.tracker_names(options.report_to)
     given = {o.setting: getattr(options, o.dest) for o in SETTING_OPTIONS}
     chosen = {k: v for k, v in given.items() if v is not None}
     settings = replace(PRESETS[name].settings_of(options.method), **chosen)
@@ -188,7 +191,7 @@ def train_for_use(options: argparse.Namespace) -> int:
     try:
         train_case(
             case, folder, resume=options.resume, overwrite=options.overwrite,
-            checkpoint_every_s=options.checkpoint_every,
+            checkpoint_every_s=options.checkpoint_every, report_to=report_to,
         )  # fmt: skip
     except StoppedError as error:
         print(f"peftbench: stopped at {error}, kept in {folder}: the same command with --resume"
