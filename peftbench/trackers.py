@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 TRACKERS = ("tensorboard", "trackio", "wandb")  # by the names of their packages
 HELP = f"{', '.join(TRACKERS)}: comma-separated trackers of losses and metrics (default: none)"
 PROJECT = "peftbench"
+FOLDERS = ("tensorboard", "wandb")  # what they write beside our files, JSON among it
 # Weights & Biases would collect where the program lies, the host's name and the repository's
 # address, and take over the terminal: what a record says of the machine is in the configuration.
 WANDB_SETTINGS = {

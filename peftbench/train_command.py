@@ -30,7 +30,7 @@ from peftbench.model_card import model_card
 from peftbench.progress import clock
 from peftbench.record import FORMAT, dumps, write_atomically
 from peftbench.result_files import read_json
-from peftbench.trackers import LiveRun, configuration, open_tracker, run_name
+from peftbench.trackers import FOLDERS, LiveRun, configuration, open_tracker, run_name
 from peftbench.training import SilentGate, Training, TrainingState
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 FINISHED = "training.json"  # what was trained, how, and what came of it: written last
 BEGUN = "begun.json"  # the case, what the base scored, the trackers' run: from the start
-TRACKED = ["tensorboard/*", "wandb/*"]  # of --report-to: for the user alone
 SHOW_EVERY_S = 10.0  # of progress where it does not go to a terminal
 
 
@@ -361,7 +360,7 @@ def push_to_hub(folder: Path, repo: str, token: str | None) -> str:
             repo_id=repo,
             folder_path=folder,
             commit_message="peftbench train",
-            ignore_patterns=TRACKED,
+            ignore_patterns=[f"{name}/*" for name in FOLDERS],  # their names hold this machine's
         )
     except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

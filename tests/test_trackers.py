@@ -11,16 +11,19 @@ import bench_run
 import pytest
 import torch
 import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from peftbench import trackers
 from peftbench.case import Case, Settings
 from peftbench.cli import main
+from peftbench.compare.order import files_below
 from peftbench.errors import UserError
 from peftbench.metrics import METRICS
 from peftbench.round_reports import REPORTED, report_rounds
 from peftbench.trackers import LiveRun, final_values, run_name, step_rows, tracker_names
-from peftbench.train_command import Keeping, StoppedError, train_case
+from peftbench.train_command import Keeping, StoppedError, push_to_hub, train_case
 
 SETTINGS = Settings(
     pairs=16, batch_size=4, prompt_length=16, completion_length=8, eval_tokens=256,
@@ -190,6 +193,24 @@ def test_a_tracker_that_fails_leaves_the_rest_for_a_resumed_session(tmp_path, mo
     assert "No space left on device; 1 of 2 rounds told, --resume" in line
     (line,) = report_rounds(tmp_path, "run-a", ("tensorboard",))
     assert line.startswith("tensorboard: 1 rounds told")
+
+
+def test_what_a_tracker_writes_is_no_result_and_is_not_pushed(tmp_path, monkeypatch):
+    for folder in ("wandb/run-1", "tensorboard/x"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "wandb-summary.json").write_text('{"final/train_s": 1}')
+    (tmp_path / "run.json").write_text("{}")
+    assert files_below(tmp_path) == [tmp_path / "run.json"]
+    pushed: list[str] = []
+
+    def upload(api, *, folder_path, ignore_patterns, **_):
+        files = [str(f.relative_to(folder_path)) for f in folder_path.rglob("*") if f.is_file()]
+        pushed.extend(filter_repo_objects(files, ignore_patterns=ignore_patterns))
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: None)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    push_to_hub(tmp_path, "someone/something", SECRET)
+    assert pushed == ["run.json"]
 
 
 def test_the_steps_of_ppo_carry_their_update():
