@@ -54,7 +54,7 @@ def write_checkpoint(file: Path, state: TrainingState) -> None:
 
 def steps_done(file: Path) -> tuple[int, int]:
     """(steps that the checkpoint holds, steps of the whole stage)."""
-    header = _read(file)[0]
+    header, _ = _read(file, header_only=True)
     return int(header["step"]), int(header["steps"])
 
 
@@ -94,11 +94,15 @@ def restore(file: Path, state: TrainingState) -> None:
     state.losses = list(tensors["losses"].to(device)) if "losses" in tensors else []
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read(
+    file: Path, *, header_only: bool = False
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The header and the tensors, {} where only the header is asked for."""
     try:
         with safe_open(file, framework="pt") as opened:
             header = json.loads((opened.metadata() or {})[HEADER])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            names = [] if header_only else opened.keys()
+            tensors = {name: opened.get_tensor(name) for name in names}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(
             f"{str(file)!r} is damaged ({error}); begin anew with --overwrite"

@@ -8,17 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftbench import train_command
 from peftbench.case import Case, Settings
-from peftbench.checkpoint import checkpoint_file, steps_done
+from peftbench.checkpoint import HEADER, checkpoint_file, steps_done
 from peftbench.cli import main
 from peftbench.data.loading import load_task
 from peftbench.errors import UserError
@@ -127,6 +131,19 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch, adapter, 
     assert resumed["losses"] == whole["losses"]
     assert resumed["metrics"] == whole["metrics"]
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_how_far_a_training_has_come_is_in_the_header(tmp_path, monkeypatch):
+    @contextmanager
+    def header_of(file, framework):
+        with safe_open(file, framework=framework) as opened:
+            yield SimpleNamespace(metadata=opened.metadata)  # whoever asks for a tensor fails
+
+    header = {"version": 1, "stage": "sft", "step": 3, "steps": 12}
+    file = checkpoint_file(tmp_path, "sft")
+    save_file({"parameter.0": torch.zeros(4)}, file, metadata={HEADER: json.dumps(header)})
+    monkeypatch.setattr("peftbench.checkpoint.safe_open", header_of)
+    assert steps_done(file) == (3, 12)
 
 
 def run(folder: Path, *more: str) -> subprocess.Popen:
