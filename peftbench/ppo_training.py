@@ -23,6 +23,7 @@ from peftbench.batches import Batch, collate
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.errors import InvalidTrainingError, UserError
 from peftbench.measuring.flops import count_flops
+from peftbench.measuring.phases import synchronize
 from peftbench.methods import ppo
 from peftbench.methods.reward import check_finite, check_shape
 from peftbench.ppo_roles import Roles, score_tokens, score_values
@@ -39,7 +40,6 @@ from peftbench.training import (
     masks_from_lengths,
     rates_of,
     state_bytes,
-    synchronize,
 )
 
 if TYPE_CHECKING:

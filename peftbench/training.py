@@ -17,6 +17,7 @@ import torch
 from peftbench.batches import Batch, Sides, collate, token_counts
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.errors import UserError
+from peftbench.measuring.phases import synchronize
 from peftbench.methods import METHODS, dpo, orpo, sft
 
 if TYPE_CHECKING:
@@ -254,11 +255,6 @@ def masks_from_lengths() -> Iterator[None]:
         yield
     finally:
         del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @masks_from_lengths()
