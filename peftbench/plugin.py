@@ -16,7 +16,7 @@ import pytest
 from peftbench import gate, trackers
 from peftbench.adapters import ADAPTERS
 from peftbench.case import PRESETS, Case, Preset, check_ppo, check_settings
-from peftbench.errors import UserError, unknown_name
+from peftbench.errors import UserError, check_names
 from peftbench.methods import METHODS, uses_ppo
 from peftbench.metrics import METRICS
 from peftbench.models import resolved
@@ -72,8 +72,7 @@ def _names(config: pytest.Config, option: str, default: tuple[str, ...]) -> tupl
 def selection(config: pytest.Config) -> tuple[Preset, Cases]:
     """The preset with the options applied, and its cases in order."""
     name = config.getoption("preset")
-    if name not in PRESETS:
-        raise unknown_name("preset", name, PRESETS)
+    check_names("preset", [name], PRESETS)
     preset = PRESETS[name]
     given = {option.setting: config.getoption(option.dest) for option in SETTING_OPTIONS}
     options = {k: v for k, v in given.items() if v is not None}
@@ -90,11 +89,8 @@ def selection(config: pytest.Config) -> tuple[Preset, Cases]:
         extra=tuple(cell for cell in extra if cell[0] in models and cell[1] in adapters),
         ppo={**preset.ppo, **options} if preset.ppo else {},
     )
-    for kind, names, table in (("adapter", preset.adapters, ADAPTERS),
-                               ("method", preset.methods, METHODS)):  # fmt: skip
-        for n in names:
-            if n not in table:
-                raise unknown_name(kind, n, table)
+    check_names("adapter", preset.adapters, ADAPTERS)
+    check_names("method", preset.methods, METHODS)
     if preset.rounds < 1:
         raise UserError(f"rounds is {preset.rounds}; it must be at least 1")
     check_settings(preset.settings)

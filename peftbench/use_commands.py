@@ -25,7 +25,7 @@ from peftbench.case import (
     check_settings,
     preset_for,
 )
-from peftbench.errors import InvalidTrainingError, UserError, unknown_name
+from peftbench.errors import InvalidTrainingError, UserError, check_names
 from peftbench.hub import hub_token
 from peftbench.methods import METHODS, uses_ppo
 from peftbench.setting_options import SETTING_OPTIONS, add_setting_options, size
@@ -113,10 +113,8 @@ def fit_into(options: argparse.Namespace) -> int:
     from peftbench.provenance import torch_cuda_version
 
     adapters, methods = options.adapters.split(","), options.methods.split(",")
-    for kind, names, table in (("adapter", adapters, ADAPTERS), ("method", methods, METHODS)):
-        for name in names:
-            if name not in table:
-                raise unknown_name(kind, name, table)
+    check_names("adapter", adapters, ADAPTERS)
+    check_names("method", methods, METHODS)
     try:
         lengths = [int(n) for n in options.lengths.split(",")]
     except ValueError:
@@ -161,12 +159,9 @@ def train_for_use(options: argparse.Namespace) -> int:
     from peftbench.preflight import impossible, preflight
 
     name = options.preset or preset_for(options.model)
-    if name not in PRESETS:
-        raise unknown_name("preset", name, PRESETS)
-    if options.adapter not in ADAPTERS:
-        raise unknown_name("adapter", options.adapter, ADAPTERS)
-    if options.method not in METHODS:
-        raise unknown_name("method", options.method, METHODS)
+    check_names("preset", [name], PRESETS)
+    check_names("adapter", [options.adapter], ADAPTERS)
+    check_names("method", [options.method], METHODS)
     if not options.checkpoint_every >= 0:
         raise UserError(f"--checkpoint-every is {options.checkpoint_every}; it must be 0 or more")
     report_to = trackers.tracker_names(options.report_to)
