@@ -7,7 +7,6 @@ tensor is JSON in its header. No pickle.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from peftbench.errors import UserError
+from peftbench.record import replacing
 from peftbench.training import TrainingState
 
 HEADER = "peftbench"  # the key of the JSON in the file's metadata
@@ -44,12 +44,9 @@ def write_checkpoint(file: Path, state: TrainingState) -> None:
         "tokens": state.tokens, "schedule": state.schedule.state_dict(), "optimizer": numbers,
         "history": state.history,
     }  # fmt: skip
-    unfinished = file.with_name(f".{file.name}.unfinished")
     held = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
-    save_file(held, unfinished, metadata={HEADER: json.dumps(header)})
-    with unfinished.open("rb") as written:
-        os.fsync(written.fileno())
-    unfinished.replace(file)
+    with replacing(file) as unfinished:
+        save_file(held, unfinished, metadata={HEADER: json.dumps(header)})
 
 
 def steps_done(file: Path) -> tuple[int, int]:

@@ -27,8 +27,8 @@ from peftbench.errors import InvalidTrainingError, UserError
 from peftbench.evaluation import Quality
 from peftbench.methods import METHODS, stages, uses_ppo
 from peftbench.model_card import model_card
-from peftbench.progress import clock
-from peftbench.record import FORMAT, dumps, write_atomically
+from peftbench.progress import clock, say
+from peftbench.record import FORMAT, dumps, remove_half_written, write_atomically
 from peftbench.result_files import read_json
 from peftbench.trackers import FOLDERS, LiveRun, configuration, open_tracker, run_name
 from peftbench.training import SilentGate, Training, TrainingState
@@ -121,10 +121,6 @@ class Keeping:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 def train_case(
@@ -230,6 +226,7 @@ def prepare_folder(folder: Path, case: Case, *, resume: bool, overwrite: bool) -
                 f"{str(folder)!r} was begun with {'; '.join(changed)}: give the same,"
                 " or --overwrite"
             )
+        remove_half_written(folder)
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)

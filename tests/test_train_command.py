@@ -193,6 +193,10 @@ def test_a_folder_that_must_not_be_touched_is_one_line(tmp_path, lora, capsys):
     refused(tmp_path / "mine" / "thesis.txt", "is a file")
     train_command.prepare_folder(tmp_path / "begun", case, resume=False, overwrite=False)
     refused(tmp_path / "begun", r"interrupted training \(before its first checkpoint\).*--resume")
+    torn = tmp_path / "begun" / ".tmp-torn"  # of a checkpoint that a killed training was writing
+    torn.write_bytes(b"x")
+    train_command.prepare_folder(tmp_path / "begun", case, resume=True, overwrite=False)
+    assert not torn.exists()
     other = replace(case, settings=replace(SETTINGS, rank=16))
     refused(tmp_path / "begun", "begun with rank 8, now 16", of=other, resume=True)
     checkpoint_file(tmp_path / "begun", "dpo").write_bytes(b"not safetensors")
