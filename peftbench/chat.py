@@ -19,6 +19,7 @@ from peftbench.case import Case, Settings, public_name, short_name
 from peftbench.data.tokens import make_encoder
 from peftbench.errors import UserError
 from peftbench.out_of_memory import is_out_of_memory
+from peftbench.progress import say
 from peftbench.result_files import read_json, reading
 from peftbench.rollout import virtual_tokens
 
@@ -223,10 +224,6 @@ class Chat:
                 say(f"unknown command {line.split()[0]}; {HELP}")
             elif line:
                 self.ask(line)
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 def chat(

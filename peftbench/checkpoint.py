@@ -7,7 +7,6 @@ tensor is JSON in its header. No pickle.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from peftbench.errors import UserError
+from peftbench.record import replacing
 from peftbench.training import TrainingState
 
 HEADER = "peftbench"  # the key of the JSON in the file's metadata
@@ -44,17 +44,14 @@ def write_checkpoint(file: Path, state: TrainingState) -> None:
         "tokens": state.tokens, "schedule": state.schedule.state_dict(), "optimizer": numbers,
         "history": state.history,
     }  # fmt: skip
-    unfinished = file.with_name(f".{file.name}.unfinished")
     held = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
-    save_file(held, unfinished, metadata={HEADER: json.dumps(header)})
-    with unfinished.open("rb") as written:
-        os.fsync(written.fileno())
-    unfinished.replace(file)
+    with replacing(file) as unfinished:
+        save_file(held, unfinished, metadata={HEADER: json.dumps(header)})
 
 
 def steps_done(file: Path) -> tuple[int, int]:
     """(steps that the checkpoint holds, steps of the whole stage)."""
-    header = _read(file)[0]
+    header, _ = _read(file, header_only=True)
     return int(header["step"]), int(header["steps"])
 
 
@@ -94,11 +91,15 @@ def restore(file: Path, state: TrainingState) -> None:
     state.losses = list(tensors["losses"].to(device)) if "losses" in tensors else []
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read(
+    file: Path, *, header_only: bool = False
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The header and the tensors, {} where only the header is asked for."""
     try:
         with safe_open(file, framework="pt") as opened:
             header = json.loads((opened.metadata() or {})[HEADER])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            names = [] if header_only else opened.keys()
+            tensors = {name: opened.get_tensor(name) for name in names}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(
             f"{str(file)!r} is damaged ({error}); begin anew with --overwrite"

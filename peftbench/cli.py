@@ -15,7 +15,7 @@ from typing import Any
 
 from peftbench import __version__, provenance
 from peftbench.data import assets
-from peftbench.errors import UserError, unknown_name
+from peftbench.errors import UserError, check_names
 from peftbench.hub import hub_token
 from peftbench.record import dumps
 from peftbench.setting_options import size
@@ -141,9 +141,7 @@ def list_assets() -> None:
 
 
 def fetch_assets(names: list[str]) -> None:
-    for name in names:
-        if name not in assets.ASSETS:
-            raise unknown_name("asset", name, assets.ASSETS)
+    check_names("asset", names, assets.ASSETS)
     for name in names or list(assets.ASSETS):
         print(f"{name}: {assets.fetch(name)}")
 

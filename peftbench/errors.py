@@ -24,3 +24,11 @@ def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return UserError(f"unknown {kind} {name!r}; {hint}choose from: {', '.join(names)}")
+
+
+def check_names(kind: str, names: Iterable[str], table: Iterable[str]) -> None:
+    """Raise UserError for the first name that a table has not."""
+    allowed = set(table)
+    for name in names:
+        if name not in allowed:
+            raise unknown_name(kind, name, allowed)

@@ -11,7 +11,7 @@ from typing import Any
 from peftbench.compare.order import files_below
 from peftbench.errors import UserError
 from peftbench.metrics import METRICS
-from peftbench.record import write_atomically
+from peftbench.record import replacing, write_atomically
 from peftbench.result_files import case_records, read_json, reading
 
 FORMATS = (".csv", ".parquet")
@@ -95,7 +95,5 @@ def write_parquet(table: list[dict[str, Any]], output: Path) -> None:
         {k: float(v) if k in numbers and v is not None else v for k, v in row.items()}
         for row in table
     ]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(floats, schema), unfinished)
-    unfinished.replace(output)
+    with replacing(output) as unfinished:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(floats, schema), unfinished)

@@ -4,7 +4,8 @@
     import -> load -> attach -> data -> check -> prepare -> (sft) -> (reward model) -> (reference)
     -> warm up -> [go] -> train -> evaluate -> compare -> save -> merge -> count
 
-The parent process collects, shows progress and writes files; it never imports torch. The child
+The parent process collects, shows progress and writes files; it never imports torch (but for
+`--report-to`, when all is measured). The child
 does everything on this page and sends back one plain dictionary, the round's record.
 """
 
@@ -221,6 +222,9 @@ def run_round(
         "data_digest": task.digest,
         "phases": {name: asdict(reading) for name, reading in phases.readings.items()},
         "losses": training.losses,
+        "step_s": training.step_s,
+        "step_tokens": values.step_tokens(training, case, task),
+        "step_learning_rates": training.learning_rates,
         "ppo_history": None if training.ppo is None else training.ppo.history,
         "items": values.item_outcomes(quality, base, gap),
         "samples": values.samples_text(task, base, quality, tokenizer),

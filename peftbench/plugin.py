@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from peftbench import gate
+from peftbench import gate, trackers
 from peftbench.adapters import ADAPTERS
 from peftbench.case import PRESETS, Case, Preset, check_ppo, check_settings
-from peftbench.errors import UserError, unknown_name
+from peftbench.errors import UserError, check_names
 from peftbench.methods import METHODS, uses_ppo
 from peftbench.metrics import METRICS
 from peftbench.models import resolved
@@ -24,6 +24,7 @@ from peftbench.preflight import impossible, preflight
 from peftbench.privacy import without_secrets
 from peftbench.progress import Progress
 from peftbench.record import FORMAT, dumps, write_atomically
+from peftbench.round_reports import report_rounds
 from peftbench.rounds import run_case
 from peftbench.session import Session
 from peftbench.setting_options import SETTING_OPTIONS, add_setting_options
@@ -54,6 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--case-timeout", type=float, default=7200.0, help="seconds after which a case is ended"
     )
     gate.add_options(group)
+    group.addoption("--report-to", metavar="A,B", default="none", help=trackers.HELP)
     add_setting_options(group.addoption)
 
 
@@ -76,8 +78,7 @@ def is_asked(cell: tuple[str, str, str], asked: list[tuple[str, ...]]) -> bool:
 def selection(config: pytest.Config) -> tuple[Preset, Cases]:
     """The preset with the options applied, and its cases in order."""
     name = config.getoption("preset")
-    if name not in PRESETS:
-        raise unknown_name("preset", name, PRESETS)
+    check_names("preset", [name], PRESETS)
     preset = PRESETS[name]
     given = {option.setting: config.getoption(option.dest) for option in SETTING_OPTIONS}
     options = {k: v for k, v in given.items() if v is not None}
@@ -92,11 +93,8 @@ def selection(config: pytest.Config) -> tuple[Preset, Cases]:
         extra=tuple(cell for cell in preset.extra if is_asked(cell, asked)),
         ppo={**preset.ppo, **options} if preset.ppo else {},
     )
-    for kind, names, table in (("adapter", preset.adapters, ADAPTERS),
-                               ("method", preset.methods, METHODS)):  # fmt: skip
-        for n in names:
-            if n not in table:
-                raise unknown_name(kind, n, table)
+    check_names("adapter", preset.adapters, ADAPTERS)
+    check_names("method", preset.methods, METHODS)
     if preset.rounds < 1:
         raise UserError(f"rounds is {preset.rounds}; it must be at least 1")
     check_settings(preset.settings)
@@ -124,12 +122,15 @@ def pytest_configure(config: pytest.Config) -> None:
     except UserError as error:
         raise pytest.UsageError(without_secrets(str(error))) from None
     config.pluginmanager.register(ComparisonGate())  # inside the next, so after the file
+    config.pluginmanager.register(RoundReports())  # after the comparison, which may run cases again
     config.pluginmanager.register(FileGuard())
 
 
 SELECTION = pytest.StashKey[tuple[Preset, Cases]]()
 SESSION = pytest.StashKey[Session]()
 VERDICT = pytest.StashKey[gate.Verdict]()
+TRACKERS = pytest.StashKey[tuple[str, ...]]()
+TOLD = pytest.StashKey[list[str]]()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -163,6 +164,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         )
         refuse_other_modes(config)
         gate.check_options(config)
+        config.stash[TRACKERS] = trackers.tracker_names(config.getoption("report_to"))
         folder = writable_folder(Path(config.getoption("results_dir")))
         ours = Session(
             folder, Progress(len(items)), preset.rounds, config.getoption("case_timeout"),
@@ -307,6 +309,20 @@ class ComparisonGate:
         return result
 
 
+class RoundReports:
+    """After everything that is measured or written: `--report-to`."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
+        result = yield
+        ours = session.config.stash.get(SESSION, None)
+        if ours is None or not ours.rows or ours.rows[-1]["status"] == "interrupted":
+            return result
+        if names := session.config.stash[TRACKERS]:
+            session.config.stash[TOLD] = report_rounds(ours.folder, ours.run_id, names)
+        return result
+
+
 class FileGuard:
     """Around pytest-benchmark's end of the session, which writes the JSON file.
 
@@ -345,6 +361,8 @@ def pytest_terminal_summary(
     for line in summary_lines(session.rows):
         terminalreporter.write_line(line)
     terminalreporter.write_line(f"each round is kept in {session.folder}")
+    for line in config.stash.get(TOLD, []):
+        terminalreporter.write_line(line)
     verdict = config.stash.get(VERDICT, None)
     if verdict is not None:
         terminalreporter.section("peftbench: what changed")

@@ -23,6 +23,7 @@ from peftbench.batches import Batch, collate
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.errors import InvalidTrainingError, UserError
 from peftbench.measuring.flops import count_flops
+from peftbench.measuring.phases import synchronize
 from peftbench.methods import ppo
 from peftbench.methods.reward import check_finite, check_shape
 from peftbench.ppo_roles import Roles, score_tokens, score_values
@@ -37,8 +38,8 @@ from peftbench.training import (
     build_schedule,
     gradient_bytes,
     masks_from_lengths,
+    rates_of,
     state_bytes,
-    synchronize,
 )
 
 if TYPE_CHECKING:
@@ -439,6 +440,7 @@ def train(
     state.optimizer.zero_grad(set_to_none=True)
     return Training(
         state.losses, state.clock.step_s(), state.grad_bytes, state_bytes(state.optimizer),
+        rates_of(state.schedule, len(state.losses)),
         PPOOutcome(
             state.history, settings.ppo_warmup_updates, state.micro_batch_tokens, state.rows_read,
             roles,

@@ -16,6 +16,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def say(text: str) -> None:
+    """A line of `train` or `infer`, there at once where the output is a file."""
+    print(text, flush=True)
+
+
 class Progress:
     """A live line on a terminal, a line a case elsewhere. Written past pytest's capture."""
 

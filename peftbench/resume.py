@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 import warnings
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from peftbench import provenance
 from peftbench.case import Case
 from peftbench.errors import UserError
 from peftbench.privacy import without_paths
+from peftbench.record import remove_half_written
 
 
 class ReplayClock:
@@ -63,15 +63,6 @@ def earlier_rounds(
             raise UserError(f"cannot resume {run_id}: {difference}; start a new run")
         found[record["case_hash"], record["seed"]] = record
     return found
-
-
-def remove_half_written(folder: Path) -> None:
-    """What a killed run was writing, and the scratch folders of its children."""
-    for path in folder.glob(".tmp-*"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def round_of(file: Path, run_id: str) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ a stop that keeps what was done, and a folder that PEFT, transformers and `peftb
 from __future__ import annotations
 
 import math
+import secrets
 import shutil
 import signal
 import sys
@@ -26,16 +27,17 @@ from peftbench.errors import InvalidTrainingError, UserError
 from peftbench.evaluation import Quality
 from peftbench.methods import METHODS, stages, uses_ppo
 from peftbench.model_card import model_card
-from peftbench.progress import clock
-from peftbench.record import FORMAT, dumps, write_atomically
+from peftbench.progress import clock, say
+from peftbench.record import FORMAT, dumps, remove_half_written, write_atomically
 from peftbench.result_files import read_json
+from peftbench.trackers import FOLDERS, LiveRun, configuration, open_tracker, run_name
 from peftbench.training import SilentGate, Training, TrainingState
 
 if TYPE_CHECKING:
     from peftbench.data.task import TokenTask
 
 FINISHED = "training.json"  # what was trained, how, and what came of it: written last
-BEGUN = "begun.json"  # the case, and what the base scored: there from the start
+BEGUN = "begun.json"  # the case, what the base scored, the trackers' run: from the start
 SHOW_EVERY_S = 10.0  # of progress where it does not go to a terminal
 
 
@@ -46,8 +48,9 @@ class StoppedError(Exception):
 class Keeping:
     """A `Keeper` with a person before it: shows every step, writes a checkpoint now and then."""
 
-    def __init__(self, folder: Path, every_s: float) -> None:
+    def __init__(self, folder: Path, every_s: float, run: LiveRun) -> None:
         self.stopping = False
+        self._run = run
         self._folder = folder
         self._every_s = every_s
         self._live = sys.stdout.isatty()
@@ -61,8 +64,10 @@ class Keeping:
             say(f"{state.stage}: going on after step {state.step} of {state.steps}")
         self._written_s = self._shown_s = self._began_s = time.monotonic()
         self._began_step, self._began_tokens = state.step, state.tokens
+        self._run.begin(state)
 
     def step_done(self, state: TrainingState) -> None:
+        self._run.step_done(state)
         now_s, is_last = time.monotonic(), state.step == state.steps
         if is_last or self.stopping or now_s - self._written_s >= self._every_s:
             write_checkpoint(checkpoint_file(self._folder, state.stage), state)
@@ -73,6 +78,7 @@ class Keeping:
         if self.stopping:
             self._show("", stays=False)
             raise StoppedError(f"{state.stage}, step {state.step} of {state.steps}")
+        self._run.resume_clock()
 
     def _line(self, state: TrainingState, now_s: float) -> str:
         """`dpo  step 12/48  loss 0.6712  8,211 tokens/s  about 0:31 left`"""
@@ -117,14 +123,11 @@ class Keeping:
                 signal.signal(number, handler)
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
 def train_case(
-    case: Case, folder: Path, *, resume: bool, overwrite: bool, checkpoint_every_s: float
-) -> None:
-    """Train a case into a folder; prints what happens.
+    case: Case, folder: Path, *, resume: bool, overwrite: bool, checkpoint_every_s: float,
+    report_to: tuple[str, ...] = (),
+) -> None:  # fmt: skip
+    """Train a case into a folder; prints what happens, and tells the trackers of `report_to`.
 
     The folder has the adapter in PEFT's format (for `full` the model in transformers'), the
     tokenizer, a model card and `training.json`.
@@ -145,25 +148,51 @@ def train_case(
     model = adapters.attach(model, case.adapter, settings)
     total, trainable = adapters.count_params(model)
     say(f"{trainable:,} of {total:,} parameters train; {describe_stages(case)}")
-    keeping, started_s = Keeping(folder, checkpoint_every_s), time.monotonic()
-    with keeping.until_stopped():
-        training = pipeline.train(model, plain, case, task, tokenizer, SilentGate(), keeping)
-    seconds = time.monotonic() - started_s
-    if not all(math.isfinite(loss) for loss in training.losses):
-        step = next(i for i, loss in enumerate(training.losses) if not math.isfinite(loss))
-        raise InvalidTrainingError(
-            f"the loss is {training.losses[step]} at step {step + 1}: lower --learning-rate"
-        )
-    metrics: dict[str, float | int | None] = {
-        "total_params": total, "trainable_params": trainable,
-        **values.loss_values(training),
-    }  # fmt: skip
-    if settings.measures_quality:
-        say("evaluating ...")
-        quality = pipeline.quality_of(model, case, task, tokenizer)
-        metrics |= values.quality_values(quality, base, None, task, settings)
-        metrics |= pipeline.judge(case, task, tokenizer, quality, base, training)
+    with tracked(case, folder, report_to, device.type) as run:
+        keeping, started_s = Keeping(folder, checkpoint_every_s, run), time.monotonic()
+        with keeping.until_stopped():
+            training = pipeline.train(model, plain, case, task, tokenizer, SilentGate(), keeping)
+        seconds = time.monotonic() - started_s
+        if not all(math.isfinite(loss) for loss in training.losses):
+            step = next(i for i, loss in enumerate(training.losses) if not math.isfinite(loss))
+            raise InvalidTrainingError(
+                f"the loss is {training.losses[step]} at step {step + 1}: lower --learning-rate"
+            )
+        metrics: dict[str, float | int | None] = {
+            "total_params": total, "trainable_params": trainable,
+            **values.loss_values(training),
+        }  # fmt: skip
+        if settings.measures_quality:
+            say("evaluating ...")
+            quality = pipeline.quality_of(model, case, task, tokenizer)
+            metrics |= values.quality_values(quality, base, None, task, settings)
+            metrics |= pipeline.judge(case, task, tokenizer, quality, base, training)
+        run.finished(metrics)
     finish(folder, model, tokenizer, case, task, training, metrics, seconds)
+
+
+@contextmanager
+def tracked(
+    case: Case, folder: Path, names: tuple[str, ...], device_type: str
+) -> Iterator[LiveRun]:
+    """The training's run in each tracker; closed however the training ends.
+
+    A resumed training goes on in the runs of the interrupted one.
+    Raises: UserError where a tracker cannot start.
+    """
+    begun, where = read_json(folder / BEGUN), provenance.describe()
+    resumed = any(checkpoint_file(folder, stage).is_file() for stage in stages(case.method))
+    config = configuration(begun["case"], case.hash, where, device=device_type)
+    opened = LiveRun(case.method, say)
+    try:
+        for name in names:
+            opened.add(name, open_tracker(
+                name, run_name(case.id, where), folder, config, live=True,
+                cpu=device_type == "cpu", identity=begun.get("run"), resumed=resumed,
+            ))  # fmt: skip
+        yield opened
+    finally:
+        opened.close()
 
 
 def prepare_folder(folder: Path, case: Case, *, resume: bool, overwrite: bool) -> None:
@@ -197,10 +226,12 @@ def prepare_folder(folder: Path, case: Case, *, resume: bool, overwrite: bool) -
                 f"{str(folder)!r} was begun with {'; '.join(changed)}: give the same,"
                 " or --overwrite"
             )
+        remove_half_written(folder)
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / BEGUN, dumps({"format": FORMAT, "case": identity, "base": None}))
+        begun = {"format": FORMAT, "case": identity, "base": None, "run": secrets.token_hex(8)}
+        write_atomically(folder / BEGUN, dumps(begun))
     except OSError as error:
         raise UserError(
             f"--output {str(folder)!r} cannot be written ({error.strerror}); give another"
@@ -322,7 +353,12 @@ def push_to_hub(folder: Path, repo: str, token: str | None) -> str:
     api = HfApi(token=token)
     try:
         api.create_repo(repo, exist_ok=True, private=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="peftbench train")
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message="peftbench train",
+            ignore_patterns=[f"{name}/*" for name in FOLDERS],  # their names hold this machine's
+        )
     except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

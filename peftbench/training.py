@@ -17,6 +17,7 @@ import torch
 from peftbench.batches import Batch, Sides, collate, token_counts
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.errors import UserError
+from peftbench.measuring.phases import synchronize
 from peftbench.methods import METHODS, dpo, orpo, sft
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Training:
     step_s: list[float]  # wall time of each step, warm-up included; device events on a GPU
     grad_bytes: int  # of all gradients at the end of a backward pass
     optimizer_state_bytes: int  # moments and counters, wherever they lie
+    learning_rates: list[float]  # of each optimiser step
     ppo: PPOOutcome | None = None
 
 
@@ -214,6 +216,11 @@ def build_schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
 
+def rates_of(schedule: torch.optim.lr_scheduler.LambdaLR, steps: int) -> list[float]:
+    """The learning rates of a schedule's first steps."""
+    return [float(schedule.base_lrs[0] * schedule.lr_lambdas[0](step)) for step in range(steps)]
+
+
 def batch_loss(
     model: Any, batch: Batch, method: str, settings: Settings, *,
     window_tokens: int, reference: torch.Tensor | None,
@@ -248,11 +255,6 @@ def masks_from_lengths() -> Iterator[None]:
         yield
     finally:
         del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @masks_from_lengths()
@@ -333,7 +335,8 @@ def train(
     optimizer.zero_grad(set_to_none=True)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     losses = [float(x) for x in state.losses]
-    return Training(losses, clock.step_s(), grad_bytes, state_bytes(optimizer))
+    rates = rates_of(schedule, len(losses))
+    return Training(losses, clock.step_s(), grad_bytes, state_bytes(optimizer), rates)
 
 
 def gradient_bytes(parameters: Iterable[torch.nn.Parameter]) -> int:

@@ -64,7 +64,8 @@ def train(
 
     The model comes back with its own forward, configuration and float32 adapter, in training mode.
     """
-    from peftbench.training import StepClock, Training, state_bytes, synchronize
+    from peftbench.measuring.phases import synchronize
+    from peftbench.training import StepClock, Training, rates_of, state_bytes
 
     check_trl(method, settings)
     losses: list[torch.Tensor] = []
@@ -85,6 +86,7 @@ def train(
     return Training(
         [float(sum(step)) for step in steps], clock.step_s(),
         callback.grad_bytes, state_bytes(trainer.optimizer),
+        rates_of(trainer.lr_scheduler, len(steps)),
     )  # fmt: skip
 
 
@@ -285,7 +287,8 @@ def _gate_callback(gate: Gate, settings: Settings, clock: StepClock) -> Any:
     """
     from transformers import TrainerCallback
 
-    from peftbench.training import gradient_bytes, synchronize
+    from peftbench.measuring.phases import synchronize
+    from peftbench.training import gradient_bytes
 
     class GateCallback(TrainerCallback):  # type: ignore[misc]
         grad_bytes = 0

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peftbench import trackers
 from peftbench.adapters import ADAPTERS
 from peftbench.case import (
     CHOICES,
@@ -24,7 +25,7 @@ from peftbench.case import (
     check_settings,
     preset_for,
 )
-from peftbench.errors import InvalidTrainingError, UserError, unknown_name
+from peftbench.errors import InvalidTrainingError, UserError, check_names
 from peftbench.hub import hub_token
 from peftbench.methods import METHODS, uses_ppo
 from peftbench.setting_options import SETTING_OPTIONS, add_setting_options, size
@@ -59,6 +60,7 @@ def add_use_commands(commands: Any) -> None:
         "--checkpoint-every", type=float, default=60.0, metavar="SECONDS", help="default: 60"
     )
     train.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it when it is done")
+    train.add_argument("--report-to", metavar="A,B", default="none", help=trackers.HELP)
     settings = train.add_argument_group("settings, each in place of the preset's")
     add_setting_options(settings.add_argument)
     infer = commands.add_parser("infer", help="talk to a model and its adapter in a terminal")
@@ -111,10 +113,8 @@ def fit_into(options: argparse.Namespace) -> int:
     from peftbench.provenance import torch_cuda_version
 
     adapters, methods = options.adapters.split(","), options.methods.split(",")
-    for kind, names, table in (("adapter", adapters, ADAPTERS), ("method", methods, METHODS)):
-        for name in names:
-            if name not in table:
-                raise unknown_name(kind, name, table)
+    check_names("adapter", adapters, ADAPTERS)
+    check_names("method", methods, METHODS)
     try:
         lengths = [int(n) for n in options.lengths.split(",")]
     except ValueError:
@@ -159,14 +159,12 @@ def train_for_use(options: argparse.Namespace) -> int:
     from peftbench.preflight import impossible, preflight
 
     name = options.preset or preset_for(options.model)
-    if name not in PRESETS:
-        raise unknown_name("preset", name, PRESETS)
-    if options.adapter not in ADAPTERS:
-        raise unknown_name("adapter", options.adapter, ADAPTERS)
-    if options.method not in METHODS:
-        raise unknown_name("method", options.method, METHODS)
+    check_names("preset", [name], PRESETS)
+    check_names("adapter", [options.adapter], ADAPTERS)
+    check_names("method", [options.method], METHODS)
     if not options.checkpoint_every >= 0:
         raise UserError(f"--checkpoint-every is {options.checkpoint_every}; it must be 0 or more")
+    report_to = trackers.tracker_names(options.report_to)
     given = {o.setting: getattr(options, o.dest) for o in SETTING_OPTIONS}
     chosen = {k: v for k, v in given.items() if v is not None}
     settings = replace(PRESETS[name].settings_of(options.method), **chosen)
@@ -188,7 +186,7 @@ def train_for_use(options: argparse.Namespace) -> int:
     try:
         train_case(
             case, folder, resume=options.resume, overwrite=options.overwrite,
-            checkpoint_every_s=options.checkpoint_every,
+            checkpoint_every_s=options.checkpoint_every, report_to=report_to,
         )  # fmt: skip
     except StoppedError as error:
         print(f"peftbench: stopped at {error}, kept in {folder}: the same command with --resume"

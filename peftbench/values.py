@@ -89,6 +89,13 @@ def micro_batch_tokens(
     return counts, counts[settings.warmup_steps * settings.gradient_accumulation :]
 
 
+def step_tokens(training: Training, case: Case, task: TokenTask) -> list[int]:
+    """Non-padding tokens that the policy read in each optimiser step of `micro_batch_tokens`."""
+    counts, _ = micro_batch_tokens(training, case, task)
+    window = len(counts) // len(training.step_s)
+    return [sum(n for n, _ in counts[at : at + window]) for at in range(0, len(counts), window)]
+
+
 def capacity_s(reading: PhaseReading) -> float:
     """CPU seconds that the machine's cores had in a phase."""
     return reading.seconds * (os.cpu_count() or 1)

@@ -249,7 +249,7 @@ def test_work_values_equal_arithmetic():
     pairs = tuple(TokenPair((1, 2), (3,) * n, (4,)) for n in (3, 1, 3, 3, 1, 1))
     task = TokenTask("", "", pairs, (), (), (), 0, None, 0, 0)
     case = Case("m", "lora", "sft", Settings(pairs=6, batch_size=2, warmup_steps=1))
-    training = Training([0.0] * 3, [0.1] * 3, 0, 0)
+    training = Training([0.0] * 3, [0.1] * 3, 0, 0, [1e-3] * 3)
     watch = clock()
     watch.readings["train"] = reading(2.0, other_cpu_s=0.5)
     found = work_values(watch, training, case, task, 100.0, 400.0)

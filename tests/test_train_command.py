@@ -8,17 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftbench import train_command
 from peftbench.case import Case, Settings
-from peftbench.checkpoint import checkpoint_file, steps_done
+from peftbench.checkpoint import HEADER, checkpoint_file, steps_done
 from peftbench.cli import main
 from peftbench.data.loading import load_task
 from peftbench.errors import UserError
@@ -129,6 +133,19 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch, adapter, 
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+def test_how_far_a_training_has_come_is_in_the_header(tmp_path, monkeypatch):
+    @contextmanager
+    def header_of(file, framework):
+        with safe_open(file, framework=framework) as opened:
+            yield SimpleNamespace(metadata=opened.metadata)  # whoever asks for a tensor fails
+
+    header = {"version": 1, "stage": "sft", "step": 3, "steps": 12}
+    file = checkpoint_file(tmp_path, "sft")
+    save_file({"parameter.0": torch.zeros(4)}, file, metadata={HEADER: json.dumps(header)})
+    monkeypatch.setattr("peftbench.checkpoint.safe_open", header_of)
+    assert steps_done(file) == (3, 12)
+
+
 def run(folder: Path, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "peftbench", "train", "--model", "tiny-gpt2", "--adapter",
                "lora", "--method", "sft", "--output", str(folder), *SMALL, *more]  # fmt: skip
@@ -176,6 +193,10 @@ def test_a_folder_that_must_not_be_touched_is_one_line(tmp_path, lora, capsys):
     refused(tmp_path / "mine" / "thesis.txt", "is a file")
     train_command.prepare_folder(tmp_path / "begun", case, resume=False, overwrite=False)
     refused(tmp_path / "begun", r"interrupted training \(before its first checkpoint\).*--resume")
+    torn = tmp_path / "begun" / ".tmp-torn"  # of a checkpoint that a killed training was writing
+    torn.write_bytes(b"x")
+    train_command.prepare_folder(tmp_path / "begun", case, resume=True, overwrite=False)
+    assert not torn.exists()
     other = replace(case, settings=replace(SETTINGS, rank=16))
     refused(tmp_path / "begun", "begun with rank 8, now 16", of=other, resume=True)
     checkpoint_file(tmp_path / "begun", "dpo").write_bytes(b"not safetensors")

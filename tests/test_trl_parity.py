@@ -27,6 +27,7 @@ from peftbench import adapters, training, trl_engine
 from peftbench.case import Settings
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.errors import UserError
+from peftbench.measuring import phases
 from peftbench.methods import METHODS
 from peftbench.quantization import nf4_config, prepare_4bit
 
@@ -387,6 +388,7 @@ def waits_in_the_window(
 ) -> list[str]:
     counter = SyncCounter()
     monkeypatch.setattr(training, "synchronize", counter.synchronize)
+    monkeypatch.setattr(phases, "synchronize", counter.synchronize)  # of the TRL engine
     with counter:
         engine.train(
             model, make_task(settings.pairs), settings, method, counter,

@@ -24,6 +24,7 @@ from peftbench.compare.load import (
 )
 from peftbench.errors import UserError
 from peftbench.result_files import GIVE, read_json
+from peftbench.trackers import FOLDERS
 
 SPLIT_WITHIN_S = 24 * 3600.0  # jobs of one matrix start within a day of each other
 
@@ -41,7 +42,10 @@ def read_folder(folder: Path, subject: str | None = None) -> list[Session]:
 
 def files_below(folder: Path) -> list[Path]:
     """Every result file below a folder, sorted. Raises: UserError where there is none."""
-    files = [f for f in sorted(folder.rglob("*.json")) if not f.name.startswith(".")]
+    files = [
+        f for f in sorted(folder.rglob("*.json"))
+        if not f.name.startswith(".") and set(FOLDERS).isdisjoint(f.relative_to(folder).parts)
+    ]  # fmt: skip
     found = [f for f in files if not is_verdict_file(f)]
     if not found:
         raise UserError(f"{str(folder)!r} has no result file; {GIVE}")

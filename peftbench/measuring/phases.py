@@ -30,6 +30,12 @@ class UnaccountedTimeError(RuntimeError):
     """The phases do not add up to the round: time went where nobody can say."""
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Phases:
     """A clock that is always in exactly one phase: `enter` ends the phase before.
 
@@ -85,8 +91,7 @@ class Phases:
         """
         if self._name is None:
             return
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         self._last_ended = time.monotonic()
         seconds = self._last_ended - self._started
         if stopped is not None:

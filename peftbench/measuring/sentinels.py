@@ -13,6 +13,8 @@ from functools import partial
 
 import torch
 
+from peftbench.measuring.phases import synchronize
+
 _MATRIX = {"cpu": 1024, "cuda": 8192}  # rows and columns: some milliseconds a product
 _COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}  # far beyond any cache
 _LAUNCHES = 1000
@@ -53,14 +55,9 @@ def _median_s(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of one run, the device synchronised around it; the first run is not counted."""
     seconds = []
     for _ in range(_REPEATS + 1):
-        _synchronize(device)
+        synchronize(device)
         started = time.perf_counter()
         work()
-        _synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
