@@ -34,6 +34,7 @@ from peftbench.report.sparklines import sparklines_of
 from peftbench.report.table import COLUMNS, cells, change_of, definition
 from peftbench.report.takeaways import QUESTIONS, statuses, winners
 from peftbench.result_files import reading
+from peftbench.summary import INFERENCE_HEADER, inference_cells, inference_notes
 
 SCRIPTS = ("common.js", "table.js", "figures.js")
 
@@ -84,6 +85,8 @@ def context(parts: list[Part], subject: str | None = None) -> dict[str, Any]:
     """What the template shows, by section."""
     by_part = [cases_of(part) for part in parts]
     cases = [case for own in by_part for case in own]
+    trained = [case for case in cases if not case.is_inference]
+    answered = [case.record for case in cases if case.is_inference]
     several = len(parts) > 1
     rows = [
         (
@@ -94,6 +97,7 @@ def context(parts: list[Part], subject: str | None = None) -> dict[str, Any]:
         )
         for part, own in zip(parts, by_part, strict=True)
         for case in own
+        if not case.is_inference
     ]
     marks = marks_of(case.adapter for case in cases)
     return {
@@ -108,7 +112,11 @@ def context(parts: list[Part], subject: str | None = None) -> dict[str, Any]:
         "statuses": statuses(cases),
         "failed": [case for case in cases if case.status != "ok"],
         "questions": QUESTIONS,
-        "winners": winners(cases),
+        "winners": winners(trained),
+        "inference": [cells for record in answered for cells in inference_cells(record)],
+        "inference_header": INFERENCE_HEADER,
+        "inference_notes": inference_notes(answered),
+        "trained": len(trained),
         "changes": [changes_of(p.comparison) for p in parts if p.comparison is not None],
         "columns": [(column, definition(column)) for column in COLUMNS],
         "rows": rows,
@@ -116,9 +124,9 @@ def context(parts: list[Part], subject: str | None = None) -> dict[str, Any]:
         "histories": [
             sparklines_of(p.history, p.newest.cases) for p in parts if p.history is not None
         ],
-        "samples": samples_of(cases),
+        "samples": samples_of(trained),
         "origins": [origin_of(part, own) for part, own in zip(parts, by_part, strict=True)],
-        "data": Markup(script_json(printable_data(figure_data(cases, marks)))),
+        "data": Markup(script_json(printable_data(figure_data(trained, marks)))),
     }
 
 
