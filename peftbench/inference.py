@@ -33,9 +33,10 @@ from peftbench.rollout import virtual_tokens
 
 WARMUP_TURNS = 2
 CLEAR_EFFECT = 4.0  # how many times what merging changes the effect must be, or nothing is shown
-# Standard deviation of what is added to every weight of the adapter: a fresh one changes nothing,
-# and then merged would agree with unmerged whatever the merge did.
+# Of the largest logit, what the adapter is made to change: a fresh one changes nothing, and then
+# merged would agree with unmerged whatever the merge did.
 EFFECT = 0.1
+FIRST_STEP, MOST_STEP = 0.01, 10.0  # standard deviations of the noise that is added for it
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ def run_infer_round(case: Case, parent: pipeline.Parent) -> dict[str, Any]:
         logit_ratios["zero_merge_logit_ratio"] = logit_difference(
             plain, probe_logits(adapters.merged(trees["unmerged"], case.adapter))
         )
-        give_effect(trees["unmerged"], settings.seed)
+        give_effect(base, trees["unmerged"], settings.seed)
         trees["merged"] = adapters.merged(trees["unmerged"], case.adapter).eval()
         weight_bytes["merged"] = models.parameter_bytes(trees["merged"])
     elif case.adapter != "full":
-        give_effect(trees["unmerged"], settings.seed)
+        give_effect(base, trees["unmerged"], settings.seed)
 
     phases.enter("check")
     logit_ratios |= compared(trees, case)
@@ -192,13 +193,19 @@ def prompt_ids(model: Any, settings: Settings) -> torch.Tensor:
 
 
 @torch.no_grad()
-def give_effect(model: Any, seed: int) -> None:
-    """Add seeded noise to every weight of the adapter."""
+def give_effect(base: Any, model: Any, seed: int) -> None:
+    """Move the adapter's weights along seeded noise, in doubling steps, until the logits show it.
+
+    Adapters differ: what hardly moves VeRA's would make LoRA's updates larger than the weights.
+    """
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(EFFECT * noise.to(parameter))
+    own = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    noise = [torch.randn(p.shape, generator=generator).to(p) for p in own]
+    plain, step = probe_logits(base), FIRST_STEP
+    while logit_difference(plain, probe_logits(model)) < EFFECT and step < MOST_STEP:
+        for parameter, direction in zip(own, noise, strict=True):
+            parameter.add_(step * direction)
+        step *= 2
 
 
 @torch.no_grad()

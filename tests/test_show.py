@@ -441,5 +441,5 @@ def test_every_metric_is_in_exactly_one_section():
     assert list(sections) == ["time", "memory", "parameters and storage", "budget", "quality"]
     assert [n for names in sections.values() for n in names] == list(metrics_of("train"))
     sections = show.metric_sections("infer")
-    assert list(sections) == ["time", "memory", "parameters and storage", "inference"]
+    assert list(sections) == ["time", "parameters and storage", "inference"]
     assert [n for names in sections.values() for n in names] == list(metrics_of("infer"))
