@@ -384,7 +384,9 @@ _QUICK = Settings(
 # bfloat16: with AMX twice as fast as float32 here; batches of 2 give 64 steps out of 128 pairs
 _CPU_REAL = Settings(data="wikipedia-sample", dtype="bfloat16", pairs=128, batch_size=2,
                      orpo_lambda=2.0, targets="qv", eval_tokens=16384, eval_pairs=200,
-                     eval_context=512, eval_stride=448, eval_batch_size=8)  # fmt: skip
+                     eval_context=512, eval_stride=448, eval_batch_size=8,
+                     infer_batch_size=4, infer_prompt_tokens=64, infer_new_tokens=16,
+                     infer_turns=24)  # fmt: skip
 _QUICK_PPO = {"ppo_batch_size": 32}
 # The generator's own reward: a learned one is gamed, which `quick` shows. So many prompts teach a
 # tiny model the facts; larger minibatches, as single completions are noise.

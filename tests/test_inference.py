@@ -21,7 +21,7 @@ from peftbench import adapters, infer_values, inference, models, show
 from peftbench.agreement import AGREEMENT_RATIO, logit_difference, probe_logits
 from peftbench.case import PRESETS, Case, Settings, of_its_kind
 from peftbench.compare.compare import compare
-from peftbench.compare.load import read_session
+from peftbench.compare.load import session_of
 from peftbench.compare.rules import Rules
 from peftbench.errors import InvalidInferenceError, UserError
 from peftbench.export import rows as exported
@@ -335,19 +335,25 @@ def test_the_commands_read_a_file_with_both_kinds(run, tmp_path):
     write_report([tmp_path / "only.json"], page)
 
 
-def test_a_comparison_has_rows_of_each_kind_and_sees_a_slower_decode(run, tmp_path):
-    path = run[0] / "run.json"
-    changed = json.loads(path.read_text())
-    changed["peftbench"]["run_id"] = "later"
+def with_run_id(found: dict, run_id: str, **factors: float) -> dict:
+    """A copy of a session, undisturbed, under another name; some metrics of lora multiplied."""
+    changed: dict = json.loads(json.dumps(found))
+    changed["peftbench"]["run_id"] = run_id
     for benchmark in changed["benchmarks"]:
-        for row in (benchmark["extra_info"], *benchmark["extra_info"]["rounds"]):
-            row["run_id"] = "later"
-            row["disturbances"] = []
-            if "merged_decode_s" in row and row["merged_decode_s"] is not None:
-                row["merged_decode_s"] *= 3
-                row["merged_weight_bytes"] += 4
-    (tmp_path / "later.json").write_text(json.dumps(changed))
-    found = compare(read_session(path), read_session(tmp_path / "later.json"), None, Rules())
+        row = benchmark["extra_info"]
+        for entry in (row, *row["rounds"]):
+            entry |= {"run_id": run_id, "disturbances": []}
+            if row["case_id"] == "tiny-gpt2-lora-infer":
+                entry |= {name: entry[name] * factor for name, factor in factors.items()}
+    return changed
+
+
+def test_a_comparison_has_rows_of_each_kind_and_sees_a_slower_decode(run):
+    sessions = [
+        session_of("base", with_run_id(run[2], "base")),
+        session_of("new", with_run_id(run[2], "new", merged_decode_s=3, merged_weight_bytes=2)),
+    ]
+    found = compare(*sessions, None, Rules())
     of_lora = {r.metric: r.verdict for r in found.rows if r.case_id == "tiny-gpt2-lora-infer"}
     assert of_lora["merged_decode_s"] in ("regressed", "suspect")
     assert of_lora["merged_weight_bytes"] == "changed"
