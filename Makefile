@@ -26,7 +26,7 @@ help:
 	@echo "make infer PEFT=lora MODEL=gpt-2   talk to it;   make shell   a shell in the image"
 	@echo "              LOCAL=1 does the same without docker; ARGS=\"...\" adds options"
 	@echo "make image-check  build the image without an engine, and run smoke inside"
-	@echo "make bench    the quick preset: 34 cases, a few minutes on a CPU -> $(RUN_JSON)"
+	@echo "make bench    the quick preset: 44 cases, a few minutes on a CPU -> $(RUN_JSON)"
 	@echo "make test     all tests that need no GPU, and the linters (under 10 minutes)"
 	@echo "make lint     ruff and mypy"
 	@echo "make verify   the long proofs (an hour): three seeds, the real model; PARTS=\"a b\" picks some"

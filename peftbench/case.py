@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from peftbench.errors import UserError
-from peftbench.methods import uses_ppo
+from peftbench.methods import INFER, uses_ppo
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,12 @@ class Settings:
     eval_samples: int = 4  # prompts for generated samples and for the KL on own samples
     eval_sample_length: int = 32
     eval_completions: int = 256  # held-out prompts completed for the true reward and the judges
+    # how inference is measured
+    infer_batch_size: int = 8  # prompts answered together
+    infer_prompt_tokens: int = 128
+    infer_new_tokens: int = 32  # of each answer, the first belonging to the prefill
+    infer_turns: int = 30  # of each model, in turn with the others; multiples of 6 are balanced
+    infer_merge_4bit: bool = False  # merge qlora as well, over its base dequantised
     # repetition
     seed: int = 0  # round r of a case runs with seed + r
 
@@ -151,7 +157,7 @@ _AT_LEAST_ONE = (
     "pairs", "batch_size", "gradient_accumulation", "rank", "alpha", "prefix_tokens",
     "vera_rank", "prompt_length", "completion_length", "eval_tokens", "eval_pairs",
     "eval_batch_size", "eval_samples", "eval_sample_length", "ppo_batch_size", "ppo_epochs",
-    "eval_completions",
+    "eval_completions", "infer_batch_size", "infer_prompt_tokens", "infer_turns",
 )  # fmt: skip
 
 
@@ -192,6 +198,11 @@ def check_settings(settings: Settings) -> None:
         raise UserError(f"missing_eos_score is {settings.missing_eos_score}; it must be a number")
     if settings.reward == "true" and settings.data != "tinywiki":
         raise UserError(f"reward 'true' is known of tinywiki only, not of {settings.data!r}")
+    if settings.infer_new_tokens < 2:
+        raise UserError(
+            f"infer_new_tokens is {settings.infer_new_tokens}; it must be at least 2: the first"
+            " belongs to the prefill"
+        )
     if settings.eval_context < 2:
         raise UserError(f"eval_context is {settings.eval_context}; it must be at least 2 tokens")
     if not 1 <= settings.eval_stride < settings.eval_context:
@@ -206,6 +217,24 @@ def check_settings(settings: Settings) -> None:
             f" {settings.warmup_steps} warm up: nothing is left to time;"
             f" raise --pairs or lower --batch-size"
         )
+
+
+# what moves a number of an inference case; all else stands at its default there
+OF_INFER = (
+    "device", "dtype", "threads", "gpu_memory_limit_bytes", "host_memory_limit_bytes", "weights",
+    "targets", "rank", "alpha", "prefix_tokens", "vera_rank", "seed", "infer_batch_size",
+    "infer_prompt_tokens", "infer_new_tokens", "infer_turns", "infer_merge_4bit",
+)  # fmt: skip
+
+
+def of_its_kind(settings: Settings, method: str) -> Settings:
+    """The settings without those that mean nothing to the case: so its hash does not move."""
+    if method == INFER:
+        return Settings(**{name: getattr(settings, name) for name in OF_INFER})
+    unused: dict[str, Any] = {
+        f.name: f.default for f in fields(Settings) if f.name.startswith("infer_")
+    }
+    return replace(settings, **unused)
 
 
 def check_ppo(settings: Settings) -> None:
@@ -252,7 +281,8 @@ class Case:
     @property
     def weights_dtype(self) -> str:
         """What the base's weights are held in: what trains is always float32."""
-        return "float32" if self.adapter == "full" else self.settings.dtype
+        trains_all = self.adapter == "full" and self.method != INFER
+        return "float32" if trains_all else self.settings.dtype
 
     def identity(self) -> dict[str, Any]:
         """What the hash covers, as plain values: the same on every machine."""
@@ -343,17 +373,21 @@ class Preset:
 
     def settings_of(self, method: str) -> Settings:
         """The settings of the method's cases."""
-        return replace(self.settings, **(self.ppo if uses_ppo(method) else {}))
+        given = replace(self.settings, **(self.ppo if uses_ppo(method) else {}))
+        return of_its_kind(given, method)
 
 
 # lambda: three of some twenty tokens tell true from false, and ORPO's term is a mean over all
 _QUICK = Settings(
-    pairs=384, batch_size=8, orpo_lambda=4.0, eval_tokens=4096, eval_context=128, eval_stride=64
-)
+    pairs=384, batch_size=8, orpo_lambda=4.0, eval_tokens=4096, eval_context=128, eval_stride=64,
+    infer_batch_size=4, infer_prompt_tokens=64, infer_new_tokens=16, infer_turns=24,
+)  # fmt: skip
 # bfloat16: with AMX twice as fast as float32 here; batches of 2 give 64 steps out of 128 pairs
 _CPU_REAL = Settings(data="wikipedia-sample", dtype="bfloat16", pairs=128, batch_size=2,
                      orpo_lambda=2.0, targets="qv", eval_tokens=16384, eval_pairs=200,
-                     eval_context=512, eval_stride=448, eval_batch_size=8)  # fmt: skip
+                     eval_context=512, eval_stride=448, eval_batch_size=8,
+                     infer_batch_size=4, infer_prompt_tokens=64, infer_new_tokens=16,
+                     infer_turns=24)  # fmt: skip
 _QUICK_PPO = {"ppo_batch_size": 32}
 # The generator's own reward: a learned one is gamed, which `quick` shows. So many prompts teach a
 # tiny model the facts; larger minibatches, as single completions are noise.
@@ -376,8 +410,12 @@ PRESETS: dict[str, Preset] = {
     "quick": Preset(
         ("tiny-gpt2", "tiny-llama"), ("full", "lora", "qlora", "ia3", "prefix"),
         ("sft", "dpo", "orpo"), _QUICK,
-        about="34 cases on the embedded models and corpus, a few minutes on a laptop CPU",
-        extra=tuple((m, a, "ppo") for m in ("tiny-gpt2", "tiny-llama") for a in ("full", "lora")),
+        about="34 trainings and 10 inference cases on the embedded models, minutes on a laptop CPU",
+        extra=(
+            *((m, a, "ppo") for m in ("tiny-gpt2", "tiny-llama") for a in ("full", "lora")),
+            *((m, a, INFER) for m in ("tiny-gpt2", "tiny-llama")
+              for a in ("full", "lora", "qlora", "ia3", "prefix")),
+        ),
         ppo=_QUICK_PPO,
     ),
     "quick-full": Preset(

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from peftbench import adapters, models
 from peftbench.adapters import ADAPTERS, AdapterRow
+from peftbench.agreement import AGREEMENT_RATIO, largest_difference
 from peftbench.case import Case, Settings, public_name, short_name
 from peftbench.data.tokens import make_encoder
 from peftbench.errors import UserError
@@ -24,9 +25,6 @@ from peftbench.result_files import read_json, reading
 from peftbench.rollout import virtual_tokens
 
 HELP = "/base the base's answer to the same prompt, /reset a new conversation, /quit the end"
-PROBE_TOKENS = 32
-# Largest |logit| difference of merged and unmerged, in shares of the largest logit.
-AGREEMENT_RATIO = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -333,13 +331,3 @@ def answering_model(
             )
         return adapted, f", not merged (that would change its logits by {difference:.2g})"
     return merged, f", merged (logits agree to {difference:.1g})"
-
-
-def largest_difference(first: Any, second: Any) -> float:
-    """Largest |logit difference| on a fixed text, in shares of the largest |logit|."""
-    vocabulary = first.config.get_text_config().vocab_size
-    device = next(first.parameters()).device
-    ids = (torch.arange(1, PROBE_TOKENS + 1, device=device) * 7919 % vocabulary)[None, :]
-    with torch.no_grad():
-        a, b = (m(input_ids=ids, use_cache=False).logits.float() for m in (first, second))
-    return float((a - b).abs().max() / a.abs().max())

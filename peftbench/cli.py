@@ -117,13 +117,16 @@ def list_tables() -> None:
     from peftbench.adapters import ADAPTERS
     from peftbench.case import PRESETS
     from peftbench.data.loading import DATA
-    from peftbench.methods import METHODS
+    from peftbench.methods import INFER, METHODS
     from peftbench.models import MODELS
 
     sections = {
         "models": [[n, m.about] for n, m in MODELS.items()],
         "adapters": [[n, f"{a.about} ({a.family})"] for n, a in ADAPTERS.items()],
-        "methods": [[n, m.name] for n, m in METHODS.items()],
+        "methods": [
+            *([n, m.name] for n, m in METHODS.items()),
+            [INFER, "no training: what the adapter costs when the model answers"],
+        ],
         "data": [[n, d.about] for n, d in DATA.items()],
         "presets": [[n, p.about] for n, p in PRESETS.items()],
     }

@@ -18,6 +18,10 @@ class InvalidTrainingError(RuntimeError):
     """A loss or a reward that is not finite: the case ran, its numbers mean nothing."""
 
 
+class InvalidInferenceError(RuntimeError):
+    """Two models that must answer alike do not: their times are not of the same work."""
+
+
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> UserError:
     """The error for a name that no table has, with the nearest names first."""
     names = sorted(allowed)

@@ -1,4 +1,4 @@
-"""The test that pytest multiplies into the matrix: once for each case of the chosen preset.
+"""The tests that pytest multiplies into the matrix: once for each case of the chosen preset.
 
 `pytest bench` collects it from bench/, `peftbench bench` from here, where an installed package has
 it.
@@ -13,4 +13,10 @@ from typing import Any
 def test_train(peftbench_run: Callable[[], dict[str, Any]]) -> None:
     """Train and measure one model x adapter x method; the record goes into the JSON."""
     row = peftbench_run()
+    assert row["status"] in ("ok", "oom")
+
+
+def test_infer(peftbench_infer: Callable[[], dict[str, Any]]) -> None:
+    """Measure one model x adapter when it answers: base, unmerged and merged beside each other."""
+    row = peftbench_infer()
     assert row["status"] in ("ok", "oom")

@@ -8,11 +8,15 @@ of different versions are not compared.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from peftbench.methods import INFER
+
 MetricClass = Literal["exact", "tight", "noisy", "seeded", "derived", "info"]
 Direction = Literal["lower", "higher", "none"]
+Kind = Literal["train", "infer"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,63 @@ class Metric:
     margin_ratio: float
     definition: str  # one sentence
     version: int = 1
+    kinds: tuple[Kind, ...] = ("train",)  # of the cases that measure it
 
 
+_BOTH: tuple[Kind, ...] = ("train", "infer")
 _EVAL = "on the held-out text, each token scored once, the first of the text not"
+
+VARIANTS = ("base", "unmerged", "merged")
+"""What an inference case measures beside each other."""
+
+_OF = {
+    "base": "of the base without an adapter",
+    "unmerged": "of the base with the adapter beside its weights",
+    "merged": "of the base with the adapter folded into its weights",
+}
+
+
+def _of_variants(
+    ending: str,
+    unit: str,
+    direction: Direction,
+    metric_class: MetricClass,
+    margin: float,
+    definition: str,
+) -> dict[str, Metric]:
+    """One metric for each variant of an inference case; `{of}` in the definition names it."""
+    return {
+        f"{v}_{ending}": Metric(
+            unit, direction, metric_class, margin, definition.format(of=_OF[v]), kinds=("infer",)
+        )
+        for v in VARIANTS
+    }
+
+
+def _ratios(part: str, words: str) -> dict[str, Metric]:
+    """Time over the base's, paired turn by turn, with the ends of its interval."""
+    found = {}
+    for v in VARIANTS[1:]:
+        name, of = f"{v}_{part}_ratio", _OF[v].removeprefix("of ")
+        text = f"Median over the turns of the ratio of the {words}, {of}, to the base's in the same turn."
+        found[name] = Metric("ratio", "lower", "derived", 0.02, text, kinds=("infer",))
+        for end, word in (("low", "Lower"), ("high", "Upper")):
+            text = f"{word} end of the 95 % interval of {name}, by order statistics of the turns."
+            found[f"{name}_{end}"] = Metric("ratio", "none", "info", 0.0, text, kinds=("infer",))
+    return found
+
+
+def _of_memory(source: str, words: str, margin: float = 0.02) -> dict[str, Metric]:
+    """A peak for each variant, the others not being in memory."""
+    return {
+        f"{source}_{v}_bytes": Metric(
+            "bytes", "lower", "tight", margin,
+            f"{words} while one batch is answered, with nothing else loaded: {_OF[v]}.",
+            kinds=("infer",),
+        )
+        for v in VARIANTS
+    }  # fmt: skip
+
 
 METRICS: dict[str, Metric] = {
     # time
@@ -37,9 +95,9 @@ METRICS: dict[str, Metric] = {
     "step_p50_s": Metric("s", "lower", "noisy", 0.03, "Median wall time of an optimiser step after the warm-up."),
     "step_p95_s": Metric("s", "lower", "noisy", 0.05, "95th percentile of the wall time of an optimiser step after the warm-up."),
     "step_max_s": Metric("s", "lower", "info", 0.0, "Longest wall time of an optimiser step after the warm-up."),
-    "import_s": Metric("s", "lower", "info", 0.0, "Wall time to import what the case needs and the fork server has not loaded yet."),
-    "load_s": Metric("s", "lower", "noisy", 0.05, "Wall time to bring the weights onto the device, quantised where the adapter asks for it."),
-    "attach_s": Metric("s", "lower", "noisy", 0.05, "Wall time to attach the adapter."),
+    "import_s": Metric("s", "lower", "info", 0.0, "Wall time to import what the case needs and the fork server has not loaded yet.", kinds=_BOTH),
+    "load_s": Metric("s", "lower", "noisy", 0.05, "Wall time to bring the weights onto the device, quantised where the adapter asks for it.", kinds=_BOTH),
+    "attach_s": Metric("s", "lower", "noisy", 0.05, "Wall time to attach the adapter.", kinds=_BOTH),
     "data_s": Metric("s", "lower", "noisy", 0.05, "Wall time to make and tokenise the training and held-out data."),
     "check_s": Metric("s", "none", "info", 0.0, "Wall time to compare the adapted model with its base before any step."),
     "prepare_s": Metric("s", "lower", "info", 0.0, "Wall time to pad the batches and to build the engine, before the reference pass or the first step."),
@@ -55,15 +113,15 @@ METRICS: dict[str, Metric] = {
     "count_s": Metric("s", "none", "info", 0.0, "Wall time to count the operations of one micro-batch, after everything else is measured."),
     "save_s": Metric("s", "lower", "noisy", 0.05, "Wall time to write the adapter to disk."),
     "merge_s": Metric("s", "none", "info", 0.0, "Wall time of the merged inference check: fold the adapter into a copy of the base and compare; null where the adapter does not merge."),
-    "between_phases_s": Metric("s", "none", "info", 0.0, "Wall time between the phases, in which garbage is collected and peaks are reset."),
-    "total_s": Metric("s", "lower", "noisy", 0.05, "Sum of all phases of the round; the wait between warm-up and the go is no phase."),
+    "between_phases_s": Metric("s", "none", "info", 0.0, "Wall time between the phases, in which garbage is collected and peaks are reset.", kinds=_BOTH),
+    "total_s": Metric("s", "lower", "noisy", 0.05, "Sum of all phases of the round; the wait between warm-up and the go is no phase.", kinds=_BOTH),
     "tokens_per_s": Metric("tokens/s", "higher", "derived", 0.03, "Non-padding tokens that the policy read in the training window, divided by the time of the same window."),
     "padded_tokens_per_s": Metric("tokens/s", "higher", "derived", 0.03, "The same with padding counted."),
     "samples_per_s": Metric("pairs/s", "higher", "derived", 0.03, "Pairs of the training window divided by its time."),
     "train_flops": Metric("FLOP", "none", "tight", 0.001, "Operations of matrix products and attention, forward and backward, in the training window: counted on the first micro-batch (of PPO with its rollout and scoring), scaled by padded tokens.", version=2),
     "flops_per_s": Metric("FLOP/s", "higher", "derived", 0.03, "train_flops / train_s."),
     "mfu_ratio": Metric("ratio", "higher", "derived", 0.03, "flops_per_s over the device's rate in one large matrix product of the compute dtype, timed at the session's start."),
-    "other_cpu_ratio": Metric("ratio", "none", "info", 0.0, "CPU time that other processes took during the training window, over its time on all cores."),
+    "other_cpu_ratio": Metric("ratio", "none", "info", 0.0, "CPU time that other processes took during the training window (of an inference case the measuring window), over its time on all cores.", kinds=_BOTH),
     "energy_j": Metric("J", "lower", "noisy", 0.05, "Energy of the training window: of the GPU (its counter, else integrated power), on a CPU run of the processor packages."),
     "energy_per_token_j": Metric("J", "lower", "derived", 0.05, "energy_j over the non-padding tokens of the training window."),
     # memory
@@ -78,14 +136,14 @@ METRICS: dict[str, Metric] = {
     "grad_bytes": Metric("bytes", "lower", "exact", 0.0, "Bytes of all gradients after a backward pass; accounted."),
     "optimizer_state_bytes": Metric("bytes", "lower", "exact", 0.0, "Bytes of the optimiser's state after the last step; accounted."),
     # parameters and storage
-    "total_params": Metric("parameters", "none", "exact", 0.0, "Parameters of the model with its adapter; a 4-bit weight counts its entries, not its bytes."),
-    "trainable_params": Metric("parameters", "lower", "exact", 0.0, "Parameters that require a gradient; checked again after training and evaluation."),
-    "trainable_ratio": Metric("ratio", "none", "derived", 0.0, "trainable_params / total_params."),
+    "total_params": Metric("parameters", "none", "exact", 0.0, "Parameters of the model with its adapter; a 4-bit weight counts its entries, not its bytes.", kinds=_BOTH),
+    "trainable_params": Metric("parameters", "lower", "exact", 0.0, "Parameters that require a gradient; checked again after training and evaluation.", kinds=_BOTH),
+    "trainable_ratio": Metric("ratio", "none", "derived", 0.0, "trainable_params / total_params.", kinds=_BOTH),
     "adapter_bytes": Metric("bytes", "lower", "exact", 0.0, "Size of the saved adapter's weight files; for `full`, of the model's."),
-    "base_bytes": Metric("bytes", "lower", "exact", 0.0, "Bytes of the base model's weights as held in memory, quantisation state included."),
+    "base_bytes": Metric("bytes", "lower", "exact", 0.0, "Bytes of the base model's weights as held in memory, quantisation state included.", kinds=_BOTH),
     "reference_bytes": Metric("bytes", "lower", "exact", 0.0, "PPO: bytes of weights that the reference holds beside the policy's base: none, an SFT adapter's copy, or for `full` a whole frozen model."),
     "reward_model_bytes": Metric("bytes", "lower", "exact", 0.0, "PPO: bytes of the reward model's adapter and head; its base is the policy's (for `full` the reference's)."),
-    "quantized_modules": Metric("modules", "none", "exact", 0.0, "Linear layers whose weight is held in 4 bits."),
+    "quantized_modules": Metric("modules", "none", "exact", 0.0, "Linear layers whose weight is held in 4 bits.", kinds=_BOTH),
     "moved_ratio": Metric("ratio", "none", "info", 0.0, "Share of trained entries that differ from before training; for `full` without the embedding rows the data never touched."),
     "start_max_logit_difference": Metric("logits", "lower", "info", 0.0, "Largest absolute difference between adapted and base logits on a batch before training: 0 for an adapter that starts as the identity."),
     "merge_max_logit_difference": Metric("logits", "lower", "info", 0.0, "Largest absolute difference between the merged and the adapted model's logits on a held-out batch after training: what the base's dtype rounds away; over 4 bits the base is dequantised first."),
@@ -140,6 +198,22 @@ METRICS: dict[str, Metric] = {
     "final_loss": Metric("nats", "lower", "info", 0.0, "The method's own loss, mean of the last tenth of the steps (at least one)."),
     "eval_tokens_scored": Metric("tokens", "none", "exact", 0.0, "Held-out tokens scored."),
     "eval_pairs_scored": Metric("pairs", "none", "exact", 0.0, "Held-out pairs scored."),
+    # inference
+    "measure_s": Metric("s", "none", "info", 0.0, "Wall time of the measuring window: all turns of the base, the adapted and the merged model, what is not timed of them included.", kinds=("infer",)),
+    **_of_variants("prefill_s", "s", "lower", "noisy", 0.03, "Median wall time of reading the prompts and choosing the first new token: {of}."),
+    **_of_variants("decode_s", "s", "lower", "noisy", 0.03, "Median over the turns of the mean wall time of one decode step, a new token a row, with the KV cache: {of}."),
+    **_of_variants("prefill_tokens_per_s", "tokens/s", "higher", "derived", 0.03, "Prompt tokens of the batch over the prefill time: {of}."),
+    **_of_variants("decode_tokens_per_s", "tokens/s", "higher", "derived", 0.03, "Rows of the batch over the time of a decode step: {of}."),
+    **_ratios("prefill", "prefill time"),
+    **_ratios("decode", "time of the decode steps"),
+    **_of_variants("weight_bytes", "bytes", "lower", "exact", 0.0, "Bytes of all weights, an adapter's included; accounted, not sampled: {of}."),
+    **_of_variants("cache_bytes", "bytes", "lower", "exact", 0.0, "Bytes of keys and values after the last decode step, a prefix's included; accounted: {of}."),
+    **_of_memory("peak_gpu", "Highest GPU memory by NVML (the process's own, else the device's growth)"),
+    **_of_memory("torch_peak", "Highest bytes in tensors by torch's CUDA allocator"),
+    **_of_memory("host_peak", "Highest resident memory beyond that after the imports", margin=0.05),
+    "effect_logit_ratio": Metric("ratio", "none", "info", 0.0, "Largest absolute difference of logits that the adapter, given a seeded effect, makes to the base, over the largest absolute logit: what the agreement of merged and unmerged would miss were it 0.", kinds=("infer",)),
+    "merge_logit_ratio": Metric("ratio", "none", "info", 0.0, "The same of merged against unmerged with that effect; above the dtype's tolerance the round is invalid.", kinds=("infer",)),
+    "zero_merge_logit_ratio": Metric("ratio", "none", "info", 0.0, "The same of the base against merged before the adapter has an effect, as every adapter that merges starts.", kinds=("infer",)),
 }  # fmt: skip
 
 PHASES: tuple[str, ...] = (
@@ -151,6 +225,36 @@ there is none of it."""
 
 HEADLINE_PHASES: tuple[str, ...] = ("sft", "reward_model", "reference", "warmup", "train")
 """Peaks are the maximum over these: never load, evaluate or save (evaluation's full logits would win)."""
+
+
+INFER_PHASES: tuple[str, ...] = (
+    "import", "load", "base", "attach", "unmerged", "merge", "check", "warmup", "measure", "free",
+    "merged",
+)  # fmt: skip
+"""Those of an inference case; in `base`, `unmerged` and `merged` memory is read, one model each."""
+
+WINDOW: dict[Kind, str] = {"train": "train_s", "infer": "measure_s"}
+"""What pytest-benchmark times of a case."""
+
+
+def kind_of(case_id: str) -> Kind:
+    """By the id's last part, which is the method: files of every age have it."""
+    return "infer" if case_id.rpartition("-")[2] == INFER else "train"
+
+
+def metrics_of(kind: Kind) -> Mapping[str, Metric]:
+    """The rows of METRICS that such a case measures, in their order."""
+    return _BY_KIND[kind]
+
+
+def phase_names(kind: Kind) -> tuple[str, ...]:
+    return INFER_PHASES if kind == "infer" else PHASES
+
+
+_BY_KIND: dict[Kind, dict[str, Metric]] = {
+    kind: {name: metric for name, metric in METRICS.items() if kind in metric.kinds}
+    for kind in WINDOW
+}
 
 
 def glossary() -> str:

@@ -18,7 +18,7 @@ from peftbench.adapters import find_adapter
 from peftbench.case import Case, expanded, is_local
 from peftbench.data import assets
 from peftbench.errors import UserError, unknown_name
-from peftbench.methods import stages
+from peftbench.methods import INFER, stages
 from peftbench.model_files import check_folder, file_hash, read_config, weight_files
 
 if TYPE_CHECKING:
@@ -126,6 +126,8 @@ def resolved(case: Case) -> Case:
     So a rate changed in a table changes the case's hash. A pipeline's own rate is that of its last
     stage.
     """
+    if case.method == INFER:
+        return case
     settings, (*before, last) = case.settings, stages(case.method)
     wanted = {"learning_rate": (case.adapter, last)}
     if before:

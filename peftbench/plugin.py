@@ -17,10 +17,10 @@ from peftbench import gate, trackers
 from peftbench.adapters import ADAPTERS
 from peftbench.case import PRESETS, Case, Preset, check_ppo, check_settings
 from peftbench.errors import UserError, check_names
-from peftbench.methods import METHODS, uses_ppo
-from peftbench.metrics import METRICS
+from peftbench.methods import INFER, METHODS, uses_ppo
+from peftbench.metrics import METRICS, kind_of
 from peftbench.models import resolved
-from peftbench.preflight import impossible, preflight
+from peftbench.preflight import impossible, preflight, preflight_inference
 from peftbench.privacy import without_secrets
 from peftbench.progress import Progress
 from peftbench.record import FORMAT, dumps, write_atomically
@@ -39,7 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--preset", default="quick", help=f"one of: {', '.join(PRESETS)}")
     group.addoption("--models", help="comma-separated names, Hub ids or local folders")
     group.addoption("--adapters", help=f"comma-separated, of: {', '.join(ADAPTERS)}")
-    group.addoption("--methods", help=f"comma-separated, of: {', '.join(METHODS)}")
+    group.addoption("--methods", help=f"comma-separated, of: {', '.join(METHODS)}, and {INFER},"
+                    " which measures what an adapter costs when the model answers")  # fmt: skip
     group.addoption(
         "--rounds", "--seeds", type=int, dest="rounds",
         help="fresh processes per case, with seeds seed, seed + 1, ...",
@@ -94,7 +95,7 @@ def selection(config: pytest.Config) -> tuple[Preset, Cases]:
         ppo={**preset.ppo, **options} if preset.ppo else {},
     )
     check_names("adapter", preset.adapters, ADAPTERS)
-    check_names("method", preset.methods, METHODS)
+    check_names("method", preset.methods, (*METHODS, INFER))
     if preset.rounds < 1:
         raise UserError(f"rounds is {preset.rounds}; it must be at least 1")
     check_settings(preset.settings)
@@ -135,12 +136,12 @@ TOLD = pytest.StashKey[list[str]]()
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "peftbench_run" in metafunc.fixturenames:
-        _, cases = metafunc.config.stash[SELECTION]
+        kind = "infer" if "peftbench_infer" in metafunc.fixturenames else "train"
+        cases = metafunc.config.stash[SELECTION][1]
+        own = {key: case for key, case in cases.items() if kind_of(case.id) == kind}
         # strings, because pytest-benchmark stores nothing else as a parameter
         metafunc.parametrize(
-            ("model", "adapter", "method"),
-            list(cases),
-            ids=[case.id for case in cases.values()],
+            ("model", "adapter", "method"), list(own), ids=[case.id for case in own.values()]
         )
 
 
@@ -162,6 +163,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         preflight(
             [m for m in preset.models if m in models], {c.adapter for c in chosen}, preset.settings
         )
+        preflight_inference([c for c in chosen if kind_of(c.id) == "infer"])
         refuse_other_modes(config)
         gate.check_options(config)
         config.stash[TRACKERS] = trackers.tracker_names(config.getoption("report_to"))
@@ -233,6 +235,12 @@ def peftbench_run(
     return run
 
 
+@pytest.fixture
+def peftbench_infer(peftbench_run: Any) -> Any:
+    """The same of an inference case: by this name a test asks for those."""
+    return peftbench_run
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_report_teststatus(
     report: pytest.TestReport,
@@ -245,9 +253,17 @@ def pytest_report_teststatus(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if is_bench_item(item):
-            item.keywords["peftbench_run"] = True
+    """Training cases first. Of a kind without a case pytest makes a test without parameters."""
+    others = [item for item in items if not is_bench_item(item)]
+    ours = [item for item in items if is_bench_item(item) and is_case(item)]
+    ours.sort(key=lambda item: "peftbench_infer" in item.fixturenames)  # type: ignore[attr-defined]
+    items[:] = [*others, *ours]
+    for item in ours:
+        item.keywords["peftbench_run"] = True
+
+
+def is_case(item: pytest.Item) -> bool:
+    return isinstance(item.callspec.params["model"], str)  # type: ignore[attr-defined]
 
 
 def pytest_benchmark_update_machine_info(

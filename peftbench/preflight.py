@@ -36,6 +36,21 @@ def preflight(models: Sequence[str], adapters: set[str], settings: Settings) -> 
         check_lengths(settings, context)
 
 
+def preflight_inference(cases: Sequence[Case]) -> None:
+    """Prompt and answer must fit into the model. Raises: UserError."""
+    for case in cases:
+        settings = case.settings
+        context = model_context(case.model, settings.weights)
+        prefix = settings.prefix_tokens if case.adapter == "prefix" else 0
+        wanted = prefix + settings.infer_prompt_tokens + settings.infer_new_tokens
+        if context is not None and wanted > context:
+            raise UserError(
+                f"{case.id} needs {wanted} positions ({settings.infer_prompt_tokens} of the prompt,"
+                f" {settings.infer_new_tokens} new, {prefix} of a prefix), the model has {context};"
+                " lower --infer-prompt-tokens or --infer-new-tokens"
+            )
+
+
 def impossible(case: Case) -> str | None:
     """The sentence a user needs for a combination that cannot work, or None."""
     settings = case.settings

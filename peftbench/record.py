@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peftbench.metrics import METRICS
+from peftbench.metrics import METRICS, Kind, metrics_of
 
 FORMAT = 1
 
@@ -25,18 +25,20 @@ STATUSES = (
 )  # fmt: skip
 
 
-def measured(values: dict[str, float | int | None], reasons: dict[str, str]) -> dict[str, Any]:
-    """Every metric of the table: its value, or null with a reason.
+def measured(
+    values: dict[str, float | int | None], reasons: dict[str, str], kind: Kind = "train"
+) -> dict[str, Any]:
+    """Every metric that a case of this kind measures: its value, or null with a reason.
 
     `reasons` gives the reason of each null; a value that is not finite becomes null and says so.
-    Raises: KeyError for a name that METRICS lacks, ValueError for a null without a reason.
+    Raises: KeyError for a name that is none of them, ValueError for a null without a reason.
     """
-    unknown = sorted(set(values) - set(METRICS))
+    unknown = sorted(set(values) - set(metrics_of(kind)))
     if unknown:
         raise KeyError(f"not in METRICS: {', '.join(unknown)}")
     out: dict[str, Any] = {}
     nulls: dict[str, str] = {}
-    for name in METRICS:
+    for name in metrics_of(kind):
         value = values.get(name)
         if value is not None and not math.isfinite(value):
             nulls[name], value = f"the value is {value}", None
@@ -59,7 +61,7 @@ def merge_rounds(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     first = rounds[0]
     merged = dict(first)
     nulls = dict(first["null_reasons"])
-    for name in METRICS:
+    for name in [n for n in METRICS if n in first]:
         values = [r[name] for r in calm]
         if None in values:
             merged[name] = None

@@ -10,18 +10,23 @@ from peftbench.adapters import ADAPTERS
 from peftbench.case import Case
 from peftbench.measuring.gpu import gpu_readings
 from peftbench.measuring.sampler import Sampler, Trace
-from peftbench.metrics import HEADLINE_PHASES
+from peftbench.metrics import HEADLINE_PHASES, VARIANTS, WINDOW, kind_of
 from peftbench.record import dumps, merge_rounds, write_atomically
 from peftbench.session import Session
 from peftbench.worker import Child, Outcome, RoundStoppedError
 
 
-def add_gpu_readings(record: dict[str, Any], trace: Trace) -> None:
-    """Put what NVML saw into a round's record, in the place of the child's "not reported"."""
-    windows = {
+def windows_of(record: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """(start, end) of each phase, on the clock that parent and child share."""
+    return {
         name: (p["start_monotonic_s"], p["start_monotonic_s"] + p["seconds"])
         for name, p in record["phases"].items()
     }
+
+
+def add_gpu_readings(record: dict[str, Any], trace: Trace) -> None:
+    """Put what NVML saw into a round's record, in the place of the child's "not reported"."""
+    windows = windows_of(record)
     found = gpu_readings(trace, windows, HEADLINE_PHASES, record["device_uuid"])
     device = next((d for d in found.devices if d.uuid == found.device_uuid), None)
     phases = {} if device is None else device.phases
@@ -50,12 +55,37 @@ def add_gpu_readings(record: dict[str, Any], trace: Trace) -> None:
     record["gpu"] = found.to_dict()
 
 
+def add_infer_gpu_readings(record: dict[str, Any], trace: Trace) -> None:
+    """The same of an inference case: the peak of each model in the phase that it has alone."""
+    windows = windows_of(record)
+    found = gpu_readings(trace, windows, VARIANTS, record["device_uuid"], timed="measure")
+    device = next((d for d in found.devices if d.uuid == found.device_uuid), None)
+    for variant in VARIANTS:
+        name = f"peak_gpu_{variant}_bytes"
+        if device is None or variant not in device.phases:
+            if variant in windows:
+                why = found.reasons.get("peak_gpu_memory_bytes") or found.note
+                record["null_reasons"][name] = why or "NVML gave no reading"
+            continue
+        phase = device.phases[variant]
+        sizes = (phase.nvml_process_peak_bytes, phase.nvml_device_peak_bytes)
+        record[name] = next((size for size in sizes if size is not None), None)
+        if record[name] is not None:
+            record["null_reasons"].pop(name, None)
+        else:
+            record["null_reasons"][name] = "; ".join(phase.reasons.values())
+    record["peak_gpu_memory_source"] = found.peak_gpu_memory_source
+    record["disturbances"] += found.invalid
+    record["gpu"] = found.to_dict()
+
+
 class CaseRounds:
     """The rounds of one case, as pytest-benchmark calls them: setup, target, teardown."""
 
     def __init__(self, session: Session, case: Case) -> None:
         self._session = session
         self._case = case
+        self._kind = kind_of(case.id)
         self._child: Child | None = None
         self._sampler: Sampler | None = None
         self._earlier: dict[str, Any] | None = None  # the current round's, if it is on disk
@@ -71,7 +101,7 @@ class CaseRounds:
 
     def setup(self) -> None:
         """Start a child and wait until it has warmed up; not for a round that is on disk."""
-        session, quantizes = self._session, ADAPTERS[self._case.adapter].quantizes_base
+        session = self._session
         if "start" not in session.sentinels:
             session.time_machine("start", self._case)
         round_index = len(self.records)
@@ -79,13 +109,7 @@ class CaseRounds:
         self._earlier = session.earlier(self._case, case.settings.seed)
         if self._earlier is not None:
             return
-        job = {
-            "kind": "case",
-            "case": case.to_dict(),
-            "base": session.base_quality(self._case, quantize=quantizes),
-            "unquantized": session.base_quality(self._case, quantize=False) if quantizes else None,
-            "peak_flops_per_s": session.peak_flops_per_s(self._case),
-        }
+        job = self._job(case)
         self._sampler = session.sampler(self._case)
         if self._sampler is not None:
             self._sampler.start()  # what the device holds before the child is there
@@ -94,10 +118,23 @@ class CaseRounds:
             self._sampler.set_pid(self._child.process.pid)
         self._child.receive("ready")
 
+    def _job(self, case: Case) -> dict[str, Any]:
+        """What the child is told, bases scored before."""
+        if self._kind == "infer":
+            return {"kind": "infer", "case": case.to_dict()}
+        session, quantizes = self._session, ADAPTERS[case.adapter].quantizes_base
+        return {
+            "kind": "case",
+            "case": case.to_dict(),
+            "base": session.base_quality(self._case, quantize=quantizes),
+            "unquantized": session.base_quality(self._case, quantize=False) if quantizes else None,
+            "peak_flops_per_s": session.peak_flops_per_s(self._case),
+        }
+
     def train(self) -> None:
-        """What pytest-benchmark times: from the go to the end of the last step."""
+        """What pytest-benchmark times: from the go to the end of the last step, or turn."""
         if self._earlier is not None:
-            self._session.clock.advance(self._earlier["train_s"])
+            self._session.clock.advance(self._earlier[WINDOW[self._kind]])
             return
         assert self._child is not None
         self._child.send("go")
@@ -115,7 +152,8 @@ class CaseRounds:
         record["provenance"] = provenance.describe()
         record["run_id"] = self._session.run_id
         if self._sampler is not None:
-            add_gpu_readings(record, self._sampler.stop())
+            add = add_infer_gpu_readings if self._kind == "infer" else add_gpu_readings
+            add(record, self._sampler.stop())
             self._sampler = None
         name = f"{self._file_stem(len(self.records))}.json"
         write_atomically(self._session.folder / name, dumps(record))

@@ -19,10 +19,12 @@ from peftbench.measuring.host import MOST_OTHER_CPU_RATIO
 from peftbench.measuring.nvml import Device, open_devices
 from peftbench.measuring.sampler import Sampler
 from peftbench.methods import samples_completions
+from peftbench.metrics import kind_of
 from peftbench.privacy import without_paths
 from peftbench.progress import Progress
 from peftbench.record import FORMAT, dumps
 from peftbench.resume import ReplayClock, earlier_rounds
+from peftbench.summary import infer_words
 from peftbench.worker import Child, Outcome, RoundStoppedError, process_context
 
 
@@ -174,6 +176,8 @@ def result_line(row: dict[str, Any]) -> str:
     """One line for the screen when a case has ended."""
     if row["status"] != "ok":
         return f"{row['case_id']}  {row['status']} in {row.get('phase', '?')}: {row['reason']}"
+    if kind_of(row["case_id"]) == "infer":
+        return f"{row['case_id']}  {infer_words(row)}  ok"
     quality = ""
     if row["perplexity"] is not None:
         before, after = row["preference_accuracy_base"], row["preference_accuracy"]

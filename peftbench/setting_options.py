@@ -17,6 +17,8 @@ HELP = {
     "host_memory_limit_bytes": "for example 8GiB: what a round may take beyond its imports",
     "pairs": "preference pairs that every method trains on",
     "time_budget_s": "stop training after so many seconds (0: the pairs are the budget)",
+    "infer_turns": "turns of each model in an inference case; more narrow the interval",
+    "infer_merge_4bit": "inference: merge qlora as well, over its base dequantised",
     "learning_rate": "one value for all cases (0: the table's, by adapter and method)",
 }
 KINDS: dict[str, type] = {"int": int, "float": float, "str": str}
@@ -56,9 +58,14 @@ def _option(name: str, annotation: str) -> SettingOption:
 SETTING_OPTIONS = tuple(_option(f.name, str(f.type)) for f in fields(Settings))
 
 
-def add_setting_options(add: Callable[..., Any]) -> None:
+TRAIN_OPTIONS = tuple(o for o in SETTING_OPTIONS if not o.setting.startswith("infer_"))
+
+
+def add_setting_options(
+    add: Callable[..., Any], options: tuple[SettingOption, ...] = SETTING_OPTIONS
+) -> None:
     """Every option, None where it is not given; `add` is argparse's or pytest's own."""
-    for option in SETTING_OPTIONS:
+    for option in options:
         if option.kind is None:
             add(option.flag, action="store_true", default=None, dest=option.dest, help=option.help)
         else:

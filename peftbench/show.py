@@ -12,7 +12,7 @@ from typing import Any
 
 from peftbench.case import Settings
 from peftbench.errors import UserError, unknown_name
-from peftbench.metrics import METRICS, PHASES
+from peftbench.metrics import METRICS, WINDOW, Kind, kind_of, metrics_of, phase_names
 from peftbench.result_files import case_records, read_json, reading
 from peftbench.summary import MIB, summary_lines, table
 
@@ -23,9 +23,11 @@ SECTIONS = {
     "total_params": "parameters and storage",
     "pairs": "budget",
     "perplexity": "quality",
+    "measure_s": "inference",
 }
 # A metric with one of these endings is shown in the row of the metric that it belongs to.
-COMPANIONS = {"_se": "standard error", "_base": "base", "_unquantized_base": "unquantized base"}
+COMPANIONS = {"_se": "standard error", "_base": "base", "_unquantized_base": "unquantized base",
+              "_low": "95 % from", "_high": "to"}  # fmt: skip
 BAR_WIDTH = 24  # characters of the longest phase's bar
 TEXT_WIDTH = 88
 
@@ -44,9 +46,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def _completed(row: dict[str, Any]) -> dict[str, Any]:
     if row["status"] != "ok":
         return row
-    if "train_s" not in row:
+    kind = kind_of(row["case_id"])
+    if WINDOW[kind] not in row:
         raise UserError(f"is damaged: {row['case_id']} is ok but has no record in it")
-    absent = [name for name in METRICS if name not in row]
+    absent = [name for name in metrics_of(kind) if name not in row]
     reasons = dict.fromkeys(absent, "the file is older than this metric") | row["null_reasons"]
     return {"disturbances": []} | row | dict.fromkeys(absent) | {"null_reasons": reasons}
 
@@ -89,7 +92,7 @@ def record_lines(row: dict[str, Any]) -> list[str]:
     if "case" in row:
         lines += ["", *_settings_lines(row)]
     if row["status"] == "ok":
-        for title, names in metric_sections().items():
+        for title, names in metric_sections(kind_of(row["case_id"])).items():
             lines += ["", *_metric_lines(row, title, names)]
         lines += ["", *_null_lines(row), *_phase_lines(row), *_sample_lines(row)]
     if "provenance" in row:
@@ -113,13 +116,14 @@ def counted_rounds(row: dict[str, Any]) -> list[dict[str, Any]]:
     return [r for r in rounds if not r.get("disturbances")] or rounds
 
 
-def metric_sections() -> dict[str, list[str]]:
-    """Names of METRICS by section title, in the table's order."""
+def metric_sections(kind: Kind) -> dict[str, list[str]]:
+    """Names of the kind's metrics by section title, in the table's order."""
     sections: dict[str, list[str]] = {}
     title = ""
-    for name in METRICS:
+    for name, metric in METRICS.items():
         title = SECTIONS.get(name, title)
-        sections.setdefault(title, []).append(name)
+        if kind in metric.kinds:
+            sections.setdefault(title, []).append(name)
     return sections
 
 
@@ -188,7 +192,7 @@ def _spread(row: dict[str, Any], name: str) -> str:
 def _null_lines(row: dict[str, Any]) -> list[str]:
     """What was not measured, by reason."""
     by_reason: dict[str, list[str]] = {}
-    for name in METRICS:
+    for name in metrics_of(kind_of(row["case_id"])):
         if row[name] is None:
             reason = row["null_reasons"].get(name, "no reason is given")
             by_reason.setdefault(reason, []).append(name)
@@ -203,7 +207,8 @@ def _null_lines(row: dict[str, Any]) -> list[str]:
 def _phase_lines(row: dict[str, Any]) -> list[str]:
     """Seconds and peaks of each phase that ran; the bar is the share of the longest."""
     phases = row.get("phases", {})
-    names = [n for n in PHASES if n in phases] + [n for n in phases if n not in PHASES]
+    known = phase_names(kind_of(row["case_id"]))
+    names = [n for n in known if n in phases] + [n for n in phases if n not in known]
     if not names:
         return []
     longest_s = max(phases[n]["seconds"] for n in names) or 1.0

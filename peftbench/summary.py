@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from peftbench.metrics import VARIANTS, kind_of
+
 MIB = 2**20
 
 
@@ -48,6 +50,94 @@ def memory_of(row: dict[str, Any]) -> tuple[str, int | None]:
 
 
 def summary_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The table of the training cases, that of the inference cases, or both."""
+    trained = [r for r in rows if kind_of(r["case_id"]) == "train"]
+    answered = [r for r in rows if kind_of(r["case_id"]) == "infer"]
+    between = [""] if trained and answered else []
+    return [
+        *(training_lines(trained) if trained else []), *between,
+        *(inference_lines(answered) if answered else []),
+    ]  # fmt: skip
+
+
+def infer_words(row: dict[str, Any]) -> str:
+    """An inference case in a few words."""
+    found = [
+        f"{variant} {_ratio(row, variant, 'decode')}"
+        for variant in VARIANTS[1:]
+        if row[f"{variant}_decode_ratio"] is not None
+    ]
+    rate = row["base_decode_tokens_per_s"]
+    return f"base {rate:,.0f} new tokens/s  decode time x base: {', '.join(found)}"
+
+
+def _ratio(row: dict[str, Any], variant: str, part: str) -> str:
+    """`1.002 [0.998, 1.006]`: a median and its interval."""
+    name = f"{variant}_{part}_ratio"
+    if row[name] is None:
+        return "-"
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    ends = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
+    return f"{row[name]:.3f}{ends}"
+
+
+def infer_memory_of(row: dict[str, Any], variant: str) -> tuple[str, int | None]:
+    """As `memory_of`, of one model of an inference case."""
+    sources = {
+        "GPU memory that NVML saw": "peak_gpu",
+        "GPU memory in tensors": "torch_peak",
+        "growth of the process's resident memory (no GPU)": "host_peak",
+    }
+    for source, name in sources.items():
+        if row[f"{name}_base_bytes"] is not None:
+            return source, row[f"{name}_{variant}_bytes"]
+    return "not measured", None
+
+
+INFERENCE_HEADER = ["inference", "model", "prefill tokens/s", "decode tokens/s", "weights MiB",
+                    "peak MiB", "prefill time x base", "decode time x base", "status"]  # fmt: skip
+
+
+def inference_cells(row: dict[str, Any]) -> list[list[str]]:
+    """A line for each model of an inference case, under INFERENCE_HEADER."""
+    if row["status"] != "ok":
+        return [[row["case_id"], *["-"] * 7, f"{row['status']}: {row['reason']}"]]
+    lines = []
+    for variant in VARIANTS:
+        rate = row[f"{variant}_decode_tokens_per_s"]
+        if rate is None:
+            why = row["null_reasons"].get(f"{variant}_decode_tokens_per_s", "no reason is given")
+            lines.append([row["case_id"], variant, *["-"] * 6, why])
+            continue
+        over_base = ["1", "1"]
+        if variant != "base":
+            over_base = [_ratio(row, variant, part) for part in ("prefill", "decode")]
+        lines.append([
+            row["case_id"], variant,
+            f"{row[f'{variant}_prefill_tokens_per_s']:,.0f}", f"{rate:,.0f}",
+            _mib(row[f"{variant}_weight_bytes"]), _mib(infer_memory_of(row, variant)[1]),
+            *over_base, "ok",
+        ])  # fmt: skip
+    return lines
+
+
+def inference_notes(rows: list[dict[str, Any]]) -> list[str]:
+    """What the columns are."""
+    ok = [r for r in rows if r["status"] == "ok"]
+    sources = dict.fromkeys(infer_memory_of(r, "base")[0] for r in ok)
+    notes = [f"peak MiB: {source}, that model alone in memory" for source in sources]
+    if ok:
+        notes.append("time x base: median of the turns' paired ratios, and its 95 % interval")
+    return notes + [f"{r['case_id']} was disturbed: {d}" for r in ok for d in r["disturbances"]]
+
+
+def inference_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The table of the inference cases and its notes."""
+    lines = [cells for row in rows for cells in inference_cells(row)]
+    return [*table(INFERENCE_HEADER, lines, left=2), "", *inference_notes(rows)]
+
+
+def training_lines(rows: list[dict[str, Any]]) -> list[str]:
     """One line a case, then one for each thing a reader would ask about the numbers."""
     header = ["case", "train s", "tokens/s", "peak MiB", "trainable", "share", "perplexity",
               "preference acc.", "status"]  # fmt: skip

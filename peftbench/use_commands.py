@@ -28,7 +28,7 @@ from peftbench.case import (
 from peftbench.errors import InvalidTrainingError, UserError, check_names
 from peftbench.hub import hub_token
 from peftbench.methods import METHODS, uses_ppo
-from peftbench.setting_options import SETTING_OPTIONS, add_setting_options, size
+from peftbench.setting_options import TRAIN_OPTIONS, add_setting_options, size
 
 TRAINED = Path("output/train")
 BENCH_JSON = Path("output/run.json")
@@ -62,7 +62,7 @@ def add_use_commands(commands: Any) -> None:
     train.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it when it is done")
     train.add_argument("--report-to", metavar="A,B", default="none", help=trackers.HELP)
     settings = train.add_argument_group("settings, each in place of the preset's")
-    add_setting_options(settings.add_argument)
+    add_setting_options(settings.add_argument, TRAIN_OPTIONS)
     infer = commands.add_parser("infer", help="talk to a model and its adapter in a terminal")
     infer.add_argument("--model", required=True, help="a name, a Hub id or a local folder")
     infer.add_argument(
@@ -165,7 +165,7 @@ def train_for_use(options: argparse.Namespace) -> int:
     if not options.checkpoint_every >= 0:
         raise UserError(f"--checkpoint-every is {options.checkpoint_every}; it must be 0 or more")
     report_to = trackers.tracker_names(options.report_to)
-    given = {o.setting: getattr(options, o.dest) for o in SETTING_OPTIONS}
+    given = {o.setting: getattr(options, o.dest) for o in TRAIN_OPTIONS}
     chosen = {k: v for k, v in given.items() if v is not None}
     settings = replace(PRESETS[name].settings_of(options.method), **chosen)
     check_settings(settings)

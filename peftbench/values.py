@@ -137,13 +137,18 @@ def work_values(
 
 def disturbances(phases: Phases, device: torch.device) -> list[str]:
     """Why this round's times are not the case's own: one sentence each, in most rounds none."""
+    headline = [phases.readings[n] for n in HEADLINE_PHASES if n in phases.readings]
+    return taken_by_others(device, {
+        "during training": [phases.readings["train"]],
+        "in what `method_s` is made of": headline,
+    })  # fmt: skip
+
+
+def taken_by_others(device: torch.device, windows: dict[str, list[PhaseReading]]) -> list[str]:
+    """A sentence on the first window, named in words, in which others took too much of the CPU."""
     if device.type != "cpu":
         return []
-    headline = [phases.readings[n] for n in HEADLINE_PHASES if n in phases.readings]
-    for words, readings in (
-        ("during training", [phases.readings["train"]]),
-        ("in what `method_s` is made of", headline),
-    ):
+    for words, readings in windows.items():
         others_s = [r.other_cpu_s for r in readings]
         known_s = sum(s for s in others_s if s is not None)
         all_s = sum(capacity_s(r) for r in readings)

@@ -260,13 +260,17 @@ def _run(job: dict[str, Any], pipe: _Pipe) -> Any:
         return pipeline.score_base(case, job["quantize"], pipe)
     if job["kind"] == "sentinels":
         return pipeline.time_machine(case, pipe)
+    if job["kind"] == "infer":
+        from peftbench import inference
+
+        return inference.run_infer_round(case, pipe)
     bases = [None if b is None else Quality.from_dict(b) for b in (job["base"], job["unquantized"])]
     return pipeline.run_round(case, bases[0], bases[1], job["peak_flops_per_s"], pipe)
 
 
 def outcome_of(error: BaseException, phase: str) -> Outcome:
     """The status of an exception that ended a round."""
-    from peftbench.errors import InvalidTrainingError, UserError
+    from peftbench.errors import InvalidInferenceError, InvalidTrainingError, UserError
     from peftbench.measuring.phases import UnaccountedTimeError
     from peftbench.out_of_memory import is_out_of_memory, oom_bytes
 
@@ -277,7 +281,7 @@ def outcome_of(error: BaseException, phase: str) -> Outcome:
         return Outcome(
             "oom", phase, f"{type(error).__name__}: {message}", text, oom_bytes(str(error))
         )
-    if isinstance(error, (InvalidTrainingError, UnaccountedTimeError)):
+    if isinstance(error, (InvalidTrainingError, InvalidInferenceError, UnaccountedTimeError)):
         return Outcome("invalid", phase, message)
     if isinstance(error, UserError) or getattr(error, "errno", None) in _DISK:
         return Outcome("failed", phase, message)

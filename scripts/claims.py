@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from peftbench.evaluation import mean_per_token
+from peftbench.metrics import kind_of
 
 Claim = tuple[bool, str]
 
@@ -94,6 +95,20 @@ def truth_claims(row: dict[str, Any], item: dict[str, Any], index: int) -> Itera
     yield r["method_s"] <= 90, f"{r['method_s']:.0f} s, {r['total_s']:.0f} s in all (90 s promised)"
 
 
+def infer_claims(row: dict[str, Any], item: dict[str, Any], index: int) -> Iterator[Claim]:
+    """A merged LoRA answers as fast as its base, as paired ratios of one run show."""
+    r = row["rounds"][index]
+    for part in ("prefill", "decode"):
+        ratio, low, high = (r[f"merged_{part}_ratio{end}"] for end in ("", "_low", "_high"))
+        if ratio is None:
+            continue
+        promised = row["case"]["adapter"] == "lora"
+        interval = "" if low is None else f" [{low:.4f}, {high:.4f}]"
+        word = "2 % promised" if promised else "nothing promised"
+        text = f"{part} of merged takes {ratio:.4f}{interval} times the base's ({word})"
+        yield not promised or abs(ratio - 1) <= 0.02, text
+
+
 CLAIMS = {"quick": quick_claims, "cpu-real": real_claims, "ppo-truth": truth_claims}
 
 
@@ -104,8 +119,9 @@ def main() -> int:
     print(f"{sum(held)} of {len(held)} cases ended ok")
     for benchmark in run["benchmarks"]:
         row = benchmark["extra_info"]
+        own = infer_claims if kind_of(row["case_id"]) == "infer" else check
         for index, entry in enumerate(row["rounds"]):
-            for holds, text in check(row, entry["items"], index):
+            for holds, text in own(row, entry.get("items", {}), index):
                 held.append(holds)
                 print(
                     f"{'ok  ' if holds else 'FAIL'} {row['case_id']} seed {entry['seed']}: {text}"

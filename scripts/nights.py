@@ -120,7 +120,7 @@ def suite_detected_ratio(nights: list[Path]) -> float:
     times = []
     for night in nights:
         records = case_records(read_json(night))
-        times.append({r["case_id"]: math.log(r["train_s"]) for r in records if r["status"] == "ok"})
+        times.append({r["case_id"]: math.log(r["train_s"]) for r in records if r.get("train_s")})
     shared = set.intersection(*(set(t) for t in times))
     means = [statistics.fmean(t[case] for case in shared) for t in times]
     spread = statistics.stdev(means) * math.sqrt(1 + MEDIAN_VARIANCE / len(means))

@@ -18,7 +18,7 @@ CHILD_ONLY = {
     "methods.sft", "methods.dpo", "methods.orpo", "methods.ppo", "methods.reward",
     "rollout", "reward_model", "ppo_roles", "ppo_training", "ppo_values",
     # and those of a command that trains or answers in its own process
-    "checkpoint", "chat",
+    "checkpoint", "chat", "inference", "agreement",
 }  # fmt: skip
 
 LAYERS = [
@@ -33,7 +33,14 @@ LAYERS = [
         "matrix",
     },
     {"case", "record", "data.task", "measuring.host", "progress", "summary", "provenance"},
-    {"data.tinywiki", "data.wikipedia", "data.tokens", "measuring.sampler", "result_files"},
+    {
+        "agreement",
+        "data.tinywiki",
+        "data.wikipedia",
+        "data.tokens",
+        "measuring.sampler",
+        "result_files",
+    },
     {"show", "setting_options", "trackers"},
     {"hub", "model_files", "data.assets", "data.corpus", "data.preference", "measuring.energy"},
     {"data.files", "measuring.gpu"},
@@ -70,9 +77,9 @@ LAYERS = [
     {"reward_model", "checkpoint"},
     {"ppo_roles"},
     {"ppo_training", "ppo_values"},
-    {"values"},
+    {"values", "infer_values"},
     {"pipeline", "preflight", "model_card"},
-    {"train_command", "chat"},
+    {"train_command", "chat", "inference"},
     {"worker"},
     {"resume"},
     {"session"},

@@ -15,11 +15,12 @@ from peftbench.case import (
     Settings,
     check_ppo,
     check_settings,
+    of_its_kind,
     public_name,
 )
 from peftbench.data.loading import check_lengths
 from peftbench.errors import UserError, unknown_name
-from peftbench.methods import METHODS, uses_ppo
+from peftbench.methods import INFER, METHODS, uses_ppo
 from peftbench.models import MODELS, model_context, resolved
 from peftbench.plugin import is_asked
 
@@ -116,7 +117,7 @@ def test_presets_name_only_what_the_tables_have_and_pass_the_checks(name):
         if uses_ppo(method):
             check_ppo(settings)
         else:  # what only PPO needs must not move the hash of the others
-            assert settings == preset.settings
+            assert settings == of_its_kind(preset.settings, method)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -129,10 +130,13 @@ def test_presets_fit_their_models_contexts(name):
         check_lengths(preset.settings, context - preset.settings.prefix_tokens)
 
 
-def test_quick_preset_is_30_cases_and_ppo_for_lora_and_full():
+def test_quick_preset_is_30_cases_ppo_for_lora_and_full_and_inference_for_each_adapter():
     quick = PRESETS["quick"]
     cells = quick.cells()
-    assert len(cells) == len(set(cells)) == 34
+    assert len(cells) == len(set(cells)) == 44
+    assert [c for c in cells if c[2] == INFER] == [
+        (m, a, INFER) for m in quick.models for a in quick.adapters
+    ]
     assert [c for c in cells if c[2] == "ppo"] == [
         (m, a, "ppo") for m in ("tiny-gpt2", "tiny-llama") for a in ("full", "lora")
     ]

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from peftbench import adapters, chat, models
+from peftbench.agreement import largest_difference
 from peftbench.case import Case, Settings
 from peftbench.chat import Chat, Sampling, answering_model, find_trained, without_adapter
 from peftbench.data.tokens import make_encoder
@@ -160,7 +161,7 @@ def test_merged_where_it_loses_nothing(adapter, merge, is_merged, words):
     assert words in said
     if is_merged:
         assert not hasattr(answering, "peft_config")
-        assert chat.largest_difference(model, answering) < 1e-4
+        assert largest_difference(model, answering) < 1e-4
 
 
 def test_what_does_not_merge_is_not_merged(monkeypatch):

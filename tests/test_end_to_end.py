@@ -13,7 +13,7 @@ from bench_run import ROOT, bench, cases, namespace, own_compare, rows
 
 from peftbench.case import Case, Settings
 from peftbench.errors import InvalidTrainingError
-from peftbench.metrics import METRICS, PHASES
+from peftbench.metrics import PHASES, metrics_of
 from peftbench.worker import PRELOAD_CUDA, outcome_of
 
 
@@ -50,7 +50,7 @@ def test_stats_are_the_training_time(smoke):
 
 def test_every_metric_is_a_number_or_null_with_a_reason(smoke):
     for row in rows(smoke[2]).values():
-        for name in METRICS:
+        for name in metrics_of("train"):
             assert (row[name] is None) == (name in row["null_reasons"]), name
             assert row[name] is None or isinstance(row[name], (int, float)), name
         for name in (
@@ -118,7 +118,7 @@ def test_ppo_and_the_pipelines_leave_records_that_add_up(tmp_path):
     found = {name.removeprefix("tiny-gpt2-lora-"): row for name, row in rows(run).items()}
     assert set(found) == {"ppo", "sft+dpo", "sft+ppo"}
     for method, row in found.items():
-        for name in METRICS:
+        for name in metrics_of("train"):
             assert (row[name] is None) == (name in row["null_reasons"]), (method, name)
         stages = ("sft_s", "reward_model_s", "reference_s", "warmup_s", "train_s")
         assert row["method_s"] == pytest.approx(sum(row[n] or 0.0 for n in stages))

@@ -25,6 +25,7 @@ from peftbench.measuring.sampler import (
     SlowSamples,
     Trace,
 )
+from peftbench.rounds import add_infer_gpu_readings
 
 SOURCE = Path(__file__).parent / "fake_nvml" / "nvml.c"
 ROOT = Path(__file__).parent.parent
@@ -855,3 +856,44 @@ def test_records_hold_plain_values():
     for record in (trace.to_dict(), readings.to_dict()):
         assert json.loads(json.dumps(record, allow_nan=False)).keys() == record.keys()
     assert replace(trace, pid=None).to_dict()["pid"] is None
+
+
+def inference_record(**starts: float) -> dict:
+    """Phases of a second each."""
+    return {
+        "phases": {n: {"start_monotonic_s": at, "seconds": 1.0} for n, at in starts.items()},
+        "device_uuid": A,
+        "disturbances": [],
+        "null_reasons": dict.fromkeys(
+            (f"peak_gpu_{v}_bytes" for v in ("base", "unmerged", "merged")), "not reported"
+        ),
+    }
+
+
+def test_an_inference_record_has_the_peak_of_each_model_in_its_own_phase():
+    record = inference_record(base=1.0, unmerged=2.0, measure=3.0, merged=4.0)
+    memory = [
+        (1.1, 3000, 900), (1.2, 3000, 950), (2.1, 3000, 1200), (2.2, 3000, 1100),
+        (3.1, 9000, 8000), (3.2, 9000, 8000), (4.1, 3000, 940),
+    ]  # fmt: skip
+    slow = slow_samples((3.0, 3.5, 4.0), throttle=(("hw_slowdown",),) * 3)
+    add_infer_gpu_readings(record, trace_of(device(memory, slow=slow)))
+    assert record["peak_gpu_base_bytes"] == 950
+    assert record["peak_gpu_unmerged_bytes"] == 1200
+    assert record["peak_gpu_merged_bytes"] is None  # never the 8000 of all three together
+    assert set(record["null_reasons"]) == {"peak_gpu_merged_bytes"}
+    assert "a peak needs 2 readings, 1 came" in record["null_reasons"]["peak_gpu_merged_bytes"]
+    assert [d.partition(" phase")[0] for d in record["disturbances"]] == [
+        "the GPU was throttled for 100% of the measure"
+    ]
+
+
+def test_an_inference_record_without_a_watched_gpu_says_why():
+    record = inference_record(base=1.0, unmerged=2.0, measure=3.0)
+    record["null_reasons"]["peak_gpu_merged_bytes"] = "prefix does not merge"
+    add_infer_gpu_readings(record, Trace(CHILD, None, None, None, (), "NVML: driver not loaded"))
+    assert record["null_reasons"] == {
+        "peak_gpu_base_bytes": "NVML: driver not loaded",
+        "peak_gpu_unmerged_bytes": "NVML: driver not loaded",
+        "peak_gpu_merged_bytes": "prefix does not merge",
+    }

@@ -14,7 +14,7 @@ from peftbench import __version__, show
 from peftbench.case import Case, Settings
 from peftbench.cli import main
 from peftbench.compare.load import read_session
-from peftbench.metrics import METRICS
+from peftbench.metrics import METRICS, metrics_of
 from peftbench.record import FORMAT, dumps, measured, merge_rounds
 from peftbench.result_files import GIVE
 
@@ -160,7 +160,9 @@ def test_every_committed_record_can_be_shown_in_full():
     assert len(rows) == 30
     for row in rows:
         text = "\n".join(show.record_lines(row))
-        for name in METRICS:  # in its section, beside its metric, or not measured with a reason
+        for name in metrics_of(
+            "train"
+        ):  # in its section, beside its metric, or not measured with a reason
             assert name in text or show._belongs_to_another(name), f"{row['case_id']}: {name}"
 
 
@@ -318,7 +320,7 @@ def test_a_file_of_every_format_keeps_loading_and_its_cases_their_hashes(file):
     """Written by the first version of that format: metrics and settings of today were unknown."""
     rows = show.read_rows(file)
     assert [Case.from_dict(r["case"]).hash for r in rows] == [r["case_hash"] for r in rows]
-    assert all(set(METRICS) <= set(r) for r in rows)
+    assert all(set(metrics_of("train")) <= set(r) for r in rows)
     assert rows[0]["null_reasons"]["reward_model_s"] == "the file is older than this metric"
     session = read_session(file)
     assert set(session.cases) == {(r["case_id"], r["case_hash"]) for r in rows}
@@ -435,6 +437,9 @@ def test_values_are_in_units_that_a_person_reads(value, unit, text):
 
 
 def test_every_metric_is_in_exactly_one_section():
-    sections = show.metric_sections()
+    sections = show.metric_sections("train")
     assert list(sections) == ["time", "memory", "parameters and storage", "budget", "quality"]
-    assert [name for names in sections.values() for name in names] == list(METRICS)
+    assert [n for names in sections.values() for n in names] == list(metrics_of("train"))
+    sections = show.metric_sections("infer")
+    assert list(sections) == ["time", "parameters and storage", "inference"]
+    assert [n for names in sections.values() for n in names] == list(metrics_of("infer"))

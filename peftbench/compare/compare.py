@@ -26,7 +26,7 @@ from peftbench.compare.verdicts import (
     plain_row,
 )
 from peftbench.errors import UserError
-from peftbench.metrics import METRICS
+from peftbench.metrics import METRICS, kind_of
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,8 @@ def usable_pairs(
     usable: dict[str, list[tuple[Pair, Rule]]] = {}
     for pair in pairs:
         rule = rules.of(name, pair.new.case_id)
+        if kind_of(pair.new.case_id) not in METRICS[name].kinds:
+            continue
         if rule.ignore or rule.metric_class not in GATED_CLASSES:
             continue
         settled = unusable(pair, rule, versions) or disturbed_row(pair, rule, has_history)

@@ -20,7 +20,7 @@ from peftbench.compare.pairing import needs_logarithm, value
 from peftbench.compare.rules import GATED_CLASSES, Rule, Rules, read_rules
 from peftbench.compare.statistics import Floats, nanmedian, sentinel_shift, shared
 from peftbench.errors import unknown_name
-from peftbench.metrics import METRICS
+from peftbench.metrics import METRICS, kind_of
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ def history_of(
     for name in METRICS if metric is None else [metric]:
         chosen = {}
         for track, rows in tracks.items():
+            if kind_of(track[0]) not in METRICS[name].kinds:
+                continue
             rule = rules.of(name, track[0])
             if metric is not None or (not rule.ignore and rule.metric_class in GATED_CLASSES):
                 chosen[track] = (rule, rows)

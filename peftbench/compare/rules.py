@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from peftbench.errors import UserError, unknown_name
-from peftbench.metrics import METRICS, Direction, MetricClass
+from peftbench.metrics import METRICS, Direction, MetricClass, kind_of, metrics_of
 from peftbench.summary import MIB
 
 ACKNOWLEDGED_FILE = "peftbench-acknowledged.toml"
@@ -112,8 +112,8 @@ class Rules:
         return rule
 
     def gated(self, case_id: str) -> list[Rule]:
-        """The rules of every metric that is compared, in the order of METRICS."""
-        rules = (self.of(name, case_id) for name in METRICS)
+        """The rules of every metric of the case that is compared, in the order of METRICS."""
+        rules = (self.of(name, case_id) for name in metrics_of(kind_of(case_id)))
         return [r for r in rules if not r.ignore and r.metric_class in GATED_CLASSES]
 
 

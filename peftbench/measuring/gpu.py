@@ -90,14 +90,15 @@ def gpu_readings(
     windows: dict[str, Window],
     headline: tuple[str, ...],
     device_uuid: str | None,
+    timed: str = TIMED_PHASE,
 ) -> GpuReadings:
     """The readings of a round whose child ran its phases in `windows`, on `device_uuid`.
 
     A window is (start, end) in seconds of `time.monotonic()`, which parent and child share. The
     headline is over those of the `headline` phases that the round had. Without `device_uuid` it is
-    that of the device with the largest peak.
+    that of the device with the largest peak. `timed` is the phase whose clocks must be the card's.
     """
-    devices = tuple(_device(trace, device, windows, headline) for device in trace.devices)
+    devices = tuple(_device(trace, device, windows, headline, timed) for device in trace.devices)
     peaks = [d.peak_gpu_memory_bytes for d in devices if d.peak_gpu_memory_bytes is not None]
     chosen, why_none = _headline_device(trace, devices, device_uuid)
     source = None if chosen is None else chosen.peak_gpu_memory_source
@@ -135,19 +136,21 @@ def _headline_device(
 
 
 def _device(
-    trace: Trace, device: DeviceTrace, windows: dict[str, Window], headline: tuple[str, ...]
+    trace: Trace,
+    device: DeviceTrace,
+    windows: dict[str, Window],
+    headline: tuple[str, ...],
+    timed: str,
 ) -> DeviceReadings:
     absent = _why_no_process(trace, device)
     peaks = _peaks(device, [windows[name] for name in headline if name in windows], absent)
     peak, source, why_no_peak = _headline(peaks, absent)
     foreign, why_unknown = _foreign(trace, device, absent)
-    conditions = conditions_in(device, windows.get(TIMED_PHASE))
+    conditions = conditions_in(device, windows.get(timed))
     why_no_ratio = None
     if conditions.throttled_ratio is None:
-        why_no_ratio = device.reasons.get(
-            "throttle_reasons", f"no reading in the {TIMED_PHASE} phase"
-        )
-    throttled = _throttled(conditions)
+        why_no_ratio = device.reasons.get("throttle_reasons", f"no reading in the {timed} phase")
+    throttled = _throttled(conditions, timed)
     shared = _shared(foreign, is_growth=peaks.process is None and peak is not None)
     missing = {
         "peak_gpu_memory_bytes": why_no_peak,
@@ -181,13 +184,13 @@ def _shared(foreign: int | None, is_growth: bool) -> str | None:
     return f"{sentence}, and may have grown on it in the child's stead" if is_growth else sentence
 
 
-def _throttled(conditions: Conditions) -> str | None:
+def _throttled(conditions: Conditions, timed: str) -> str | None:
     """Why the card's clocks spoil the round, or None where they do not."""
     ratio = conditions.throttled_ratio
     if ratio is None or ratio <= THROTTLED_RATIO_LIMIT:
         return None
     names = sorted(HARMFUL_REASONS & {*(conditions.throttle_reasons or ())})
-    return f"the GPU was throttled for {ratio:.0%} of the {TIMED_PHASE} phase: {', '.join(names)}"
+    return f"the GPU was throttled for {ratio:.0%} of the {timed} phase: {', '.join(names)}"
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,10 @@ METHODS: dict[str, MethodRow] = {
 }
 
 
+INFER = "infer"
+"""In the place of a method: the case trains nothing and measures what the adapter costs in use."""
+
+
 def stages(method: str) -> tuple[str, ...]:
     """What is trained after one another: `sft+dpo` is sft, then dpo."""
     return tuple(method.split("+"))

@@ -9,8 +9,8 @@ from typing import Any
 from peftbench.adapters import ADAPTERS
 from peftbench.compare.load import CaseRow
 from peftbench.compare.pairing import value
-from peftbench.methods import METHODS
-from peftbench.metrics import METRICS, PHASES
+from peftbench.methods import INFER, METHODS
+from peftbench.metrics import METRICS, kind_of, phase_names
 from peftbench.report.sources import Part
 from peftbench.summary import MEMORY_SOURCES
 
@@ -55,6 +55,10 @@ class Case:
     record: dict[str, Any]
 
     @property
+    def is_inference(self) -> bool:
+        return kind_of(self.case_id) == "infer"
+
+    @property
     def memory_bytes(self) -> float | None:
         return None if self.memory is None else self.values[self.memory]
 
@@ -83,7 +87,7 @@ def axes_of(row: CaseRow) -> tuple[str, str, str]:
         return found
     model, _, method = row.case_id.rpartition("-")
     model, _, adapter = model.rpartition("-")
-    known = model and adapter in ADAPTERS and method in METHODS
+    known = model and adapter in ADAPTERS and method in (*METHODS, INFER)
     return (model, adapter, method) if known else found
 
 
@@ -100,6 +104,9 @@ def null_reason(row: CaseRow, metric: str) -> str:
     for entry in row.rounds:
         if metric in entry.broken:
             return entry.broken[metric]
+    kind = kind_of(row.case_id)
+    if kind not in METRICS[metric].kinds:
+        return f"not a number of a case that {'trains' if kind == 'train' else 'only answers'}"
     return row.null_reasons.get(metric, "the file is older than this metric")
 
 
@@ -108,7 +115,8 @@ def phases_of(
 ) -> tuple[str | None, tuple[tuple[str, float | None, float | None], ...]]:
     """(key of PHASE_MEMORY, seconds and peak of each phase that ran, in order)."""
     phases = record.get("phases") or {}
-    names = [n for n in PHASES if n in phases] + [n for n in phases if n not in PHASES]
+    order = phase_names(kind_of(str(record.get("case_id", ""))))
+    names = [n for n in order if n in phases] + [n for n in phases if n not in order]
     peaks = {source: phase_peaks(record, phases, source) for source in PHASE_MEMORY}
     source = next((s for s, found in peaks.items() if any(found.values())), None)
     known = peaks[source] if source else {}

@@ -55,6 +55,8 @@ def missing(cases: list[Case], metric: str) -> str:
     if metric == "":
         names = list(MEMORY)
         return "" if any(case.memory for case in cases) else missing(cases, names[-1])
+    if not cases:
+        return "no case of this page trains"
     if any(case.values[metric] is not None for case in cases):
         return ""
     reasons = [case.reasons[metric] for case in cases]

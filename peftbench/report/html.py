@@ -35,6 +35,7 @@ from peftbench.report.table import COLUMNS, cells, change_of, definition
 from peftbench.report.takeaways import QUESTIONS, statuses, what_fits, winners
 from peftbench.result_files import reading
 from peftbench.show import quantity
+from peftbench.summary import INFERENCE_HEADER, inference_cells, inference_notes
 
 SCRIPTS = ("common.js", "table.js", "figures.js")
 
@@ -90,6 +91,8 @@ def context(
     """What the template shows, by section."""
     by_part = [cases_of(part) for part in parts]
     cases = [case for own in by_part for case in own]
+    trained = [case for case in cases if not case.is_inference]
+    answered = [case.record for case in cases if case.is_inference]
     several = len(parts) > 1
     rows = [
         (
@@ -100,6 +103,7 @@ def context(
         )
         for part, own in zip(parts, by_part, strict=True)
         for case in own
+        if not case.is_inference
     ]
     marks = marks_of(case.adapter for case in cases)
     return {
@@ -114,10 +118,14 @@ def context(
         "statuses": statuses(cases),
         "failed": [case for case in cases if case.status != "ok"],
         "questions": QUESTIONS,
-        "winners": winners(cases),
+        "winners": winners(trained),
         "memory": None if memory_bytes is None else quantity(memory_bytes, "bytes"),
-        "fitting": [] if memory_bytes is None else what_fits(cases, memory_bytes),
-        "memory_sources": [MEMORY[m] for m in dict.fromkeys(c.memory for c in cases) if m],
+        "fitting": [] if memory_bytes is None else what_fits(trained, memory_bytes),
+        "memory_sources": [MEMORY[m] for m in dict.fromkeys(c.memory for c in trained) if m],
+        "inference": [cells for record in answered for cells in inference_cells(record)],
+        "inference_header": INFERENCE_HEADER,
+        "inference_notes": inference_notes(answered),
+        "trained": len(trained),
         "changes": [changes_of(p.comparison) for p in parts if p.comparison is not None],
         "columns": [(column, definition(column)) for column in COLUMNS],
         "rows": rows,
@@ -125,9 +133,9 @@ def context(
         "histories": [
             sparklines_of(p.history, p.newest.cases) for p in parts if p.history is not None
         ],
-        "samples": samples_of(cases),
+        "samples": samples_of(trained),
         "origins": [origin_of(part, own) for part, own in zip(parts, by_part, strict=True)],
-        "data": Markup(script_json(printable_data(figure_data(cases, marks)))),
+        "data": Markup(script_json(printable_data(figure_data(trained, marks)))),
     }
 
 
