@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import gc
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -32,10 +33,10 @@ from peftbench.record import FORMAT, measured
 from peftbench.rollout import virtual_tokens
 
 WARMUP_TURNS = 2
-CLEAR_EFFECT = 4.0  # how many times what merging changes the effect must be, or nothing is shown
+CLEAR_EFFECT = 2.0  # how many times what merging changes the effect must be, or nothing is shown
 # Of the largest logit, what the adapter is made to change: a fresh one changes nothing, and then
 # merged would agree with unmerged whatever the merge did.
-EFFECT = 0.1
+EFFECT = 0.2
 FIRST_STEP, MOST_STEP = 0.01, 10.0  # standard deviations of the noise that is added for it
 
 
@@ -174,6 +175,7 @@ def load_base(case: Case, device: torch.device) -> Any:
     if not layers_4bit(base):
         for parameter in base.parameters():
             parameter.data = parameter.data.clone()
+    give_back_memory()
     return base.eval()
 
 
@@ -309,9 +311,7 @@ def memory_values(phases: Phases) -> dict[str, int | None]:
 
 
 def give_back_memory() -> None:
-    """Hand what the other models freed back to the kernel, or the last one's memory has it too."""
-    import gc
-
+    """Hand what was freed back to the kernel: what others took is not the next model's."""
     gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; musl has none
