@@ -299,6 +299,7 @@ def test_wandb_offline_has_what_the_round_says(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "the-host-of-somebody")
     made_round(tmp_path, "one", losses=[4.0625, 2.0])
     assert report_rounds(tmp_path, "run-a", ("wandb",)) == ["wandb: 1 rounds told"]
+    wandb.teardown()  # its own process writes the file, until this has waited for its end
     (file,) = tmp_path.rglob("*.wandb")
     content = file.read_bytes()
     # its records hold names and values as text
