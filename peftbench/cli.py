@@ -106,6 +106,11 @@ def add_comparison_commands(commands: Any) -> None:
     )
     export.add_argument("-o", "--output", metavar="TABLE", type=Path, required=True,
                         help="ends in .csv or .parquet")  # fmt: skip
+    merge = commands.add_parser("merge", help="the files of a run's shards as one session's file")
+    merge.add_argument("files", metavar="FILE", type=Path, nargs="+", help="what every"
+                       " `pytest bench --shard I/N --benchmark-json=FILE` wrote")  # fmt: skip
+    merge.add_argument("-o", "--output", metavar="JSON", type=Path, required=True)
+    merge.add_argument("--partial", action="store_true", help="also without some of the shards")
     for command in (compare, history, report):
         command.add_argument(
             "--subject", metavar="LIBRARY", help="order and name sessions by this library's version"
@@ -329,6 +334,13 @@ def print_completion(shell: str) -> None:
     print(shtab.complete(build_parser(), shell))
 
 
+def merge_shards(options: argparse.Namespace) -> None:
+    from peftbench.merge import merge
+
+    cases = merge(options.files, options.output, partial=options.partial)
+    print(f"{cases} cases of {len(options.files)} shards in {options.output}")
+
+
 def export_table(options: argparse.Namespace) -> None:
     from peftbench.export import export
 
@@ -357,6 +369,8 @@ def main(arguments: list[str] | None = None) -> int:
             print_completion(options.shell)
         elif options.command == "export":
             export_table(options)
+        elif options.command == "merge":
+            merge_shards(options)
         elif options.command == "list":
             list_tables()
         elif options.command == "env":

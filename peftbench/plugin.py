@@ -28,6 +28,7 @@ from peftbench.round_reports import report_rounds
 from peftbench.rounds import run_case
 from peftbench.session import Session
 from peftbench.setting_options import SETTING_OPTIONS, add_setting_options
+from peftbench.shard import Shard, expected_seconds, parts
 from peftbench.summary import summary_lines
 
 # By the strings that a test's parameters are: the model's public name, the adapter, the method.
@@ -55,6 +56,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--case-timeout", type=float, default=7200.0, help="seconds after which a case is ended"
     )
+    group.addoption(
+        "--shard", metavar="I/N", help="only part I of N of the cases; `peftbench merge` joins them"
+    )
+    group.addoption(
+        "--expected-times", metavar="PATH",
+        help="earlier result files, by whose times the parts of --shard become equally long",
+    )  # fmt: skip
     gate.add_options(group)
     group.addoption("--report-to", metavar="A,B", default="none", help=trackers.HELP)
     add_setting_options(group.addoption)
@@ -122,6 +130,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[SELECTION] = selection(config)
     except UserError as error:
         raise pytest.UsageError(without_secrets(str(error))) from None
+    config.pluginmanager.register(ShardSelection())
     config.pluginmanager.register(ComparisonGate())  # inside the next, so after the file
     config.pluginmanager.register(RoundReports())  # after the comparison, which may run cases again
     config.pluginmanager.register(FileGuard())
@@ -129,6 +138,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 SELECTION = pytest.StashKey[tuple[Preset, Cases]]()
 SESSION = pytest.StashKey[Session]()
+SHARD = pytest.StashKey[dict[str, Any]]()
 VERDICT = pytest.StashKey[gate.Verdict]()
 TRACKERS = pytest.StashKey[tuple[str, ...]]()
 TOLD = pytest.StashKey[list[str]]()
@@ -170,7 +180,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         folder = writable_folder(Path(config.getoption("results_dir")))
         ours = Session(
             folder, Progress(len(items)), preset.rounds, config.getoption("case_timeout"),
-            config.getoption("resume"), chosen,
+            config.getoption("resume"), chosen, config.stash.get(SHARD, None),
         )  # fmt: skip
     except UserError as error:
         raise pytest.UsageError(without_secrets(str(error))) from None
@@ -266,6 +276,35 @@ def is_case(item: pytest.Item) -> bool:
     return isinstance(item.callspec.params["model"], str)  # type: ignore[attr-defined]
 
 
+class ShardSelection:
+    """Keeps this shard's part of the cases that `-k` and the like have left."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        try:
+            self._select(config, items)
+        except UserError as error:
+            raise pytest.UsageError(without_secrets(str(error))) from None
+
+    @staticmethod
+    def _select(config: pytest.Config, items: list[pytest.Item]) -> None:
+        given, times = config.getoption("shard"), config.getoption("expected_times")
+        if given is None:
+            if times is not None:
+                raise UserError("--expected-times needs --shard")
+            return
+        shard = Shard.parse(given)
+        ids = [i.callspec.id for i in items if is_bench_item(i)]  # type: ignore[attr-defined]
+        seconds = {} if times is None else expected_seconds(Path(times))
+        own = set(parts(ids, shard.count, seconds)[shard.index - 1])
+        rest = [i for i in items if is_bench_item(i) and i.callspec.id not in own]  # type: ignore[attr-defined]
+        config.hook.pytest_deselected(items=rest)
+        items[:] = [i for i in items if i not in rest]
+        config.stash[SHARD] = shard.to_dict(ids)
+
+
 def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
@@ -287,6 +326,7 @@ def session_json(session: Session) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "run_id": session.run_id,
+        **({} if session.shard is None else {"shard": session.shard}),
         "sentinels": session.sentinels,
         "bases": session.base_phases,
         "metric_versions": {name: metric.version for name, metric in METRICS.items()},

@@ -87,12 +87,15 @@ def settings_difference(record: dict[str, Any], case: Case) -> str | None:
     return f"{case.id} had the hash {record['case_hash']}, now it is {case.hash}"
 
 
-def provenance_difference(then: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The first thing that a resumed run would mix: one sentence, or None."""
-    for name in ("commit", "commit_dirty", "python", "cpu", "cpu_cores"):
-        if then.get(name) != now[name]:
-            return f"its {name} was {then.get(name)}, now it is {now[name]}"
-    before, after = then.get("libraries", {}), now["libraries"]
+def provenance_difference(
+    then: dict[str, Any], now: dict[str, Any], *, other_machine: bool = False
+) -> str | None:
+    """The first thing that a run would mix: one sentence, or None."""
+    machine = () if other_machine else ("cpu", "cpu_cores")
+    for name in ("commit", "commit_dirty", "python", *machine):
+        if then.get(name) != now.get(name):
+            return f"its {name} was {then.get(name)}, now it is {now.get(name)}"
+    before, after = then.get("libraries", {}), now.get("libraries", {})
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):
             return f"its {name} was {before.get(name)}, now it is {after.get(name)}"

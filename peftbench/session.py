@@ -39,6 +39,7 @@ class Session:
         time_limit_s: float = 7200.0,
         resume: str | None = None,
         cases: Iterable[Case] = (),
+        shard: dict[str, Any] | None = None,
     ) -> None:
         fresh = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + "-" + secrets.token_hex(3)
         self.run_id = resume or fresh
@@ -46,6 +47,7 @@ class Session:
         self.clock = ReplayClock()
         self.sentinels: dict[str, dict[str, Any] | None] = {}  # by moment: start, end
         self._earlier = {} if resume is None else earlier_rounds(self.folder, self.run_id, cases)
+        self.shard = shard  # which part of the matrix this is; None: all of it
         self.rounds = rounds
         self.progress = progress
         self.time_limit_s = time_limit_s
