@@ -173,14 +173,14 @@ def against(full: Record, own: Record) -> Against:
 
 
 def read_comparable(file: Path) -> list[Record]:
-    """The file's cases that ended ok; a metric of another definition than today's is null."""
+    """The file's trainings that ended ok; a metric of another definition than today's is null."""
     versions = session_part(read_json(file)).get("metric_versions") or {}
     other = [n for n, m in METRICS.items() if versions.get(n, m.version) != m.version]
     reasons = {n: f"the file has it by definition {versions[n]}" for n in other}
     return [
         row | dict.fromkeys(other) | {"file": file, "null_reasons": row["null_reasons"] | reasons}
         for row in read_rows(file)
-        if row["status"] == "ok"
+        if row["status"] == "ok" and row["case"]["method"] in METHODS  # inference trains nothing
     ]
 
 

@@ -105,6 +105,7 @@ def test_each_model_and_method_comes_from_the_newest_session_with_full(tmp_path)
 
     older = cases(("full", "sft", 10), ("lora", "sft", 5), ("full", "dpo", 10), ("lora", "dpo", 8))
     newer = cases(("full", "sft", 10), ("lora", "sft", 7), ("lora", "dpo", 1))
+    newer += cases(("full", "infer", 2), ("lora", "infer", 1))  # these train nothing
     files = [session(tmp_path / "a.json", older), session(tmp_path / "b.json", newer, number=1)]
     found = comparisons([read_comparable(file) for file in files])
     times = {row.method: (file.name, row.claims["Time"].text()) for file, row in found}
