@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -163,6 +164,37 @@ def test_phases_that_leave_time_out_are_refused(monkeypatch):
     watch.leave()
     with pytest.raises(UnaccountedTimeError, match=r"sum to 0\.1\d+ s of a round of 0\.4"):
         watch.check_sum()
+
+
+def test_waiting_for_a_processor_between_phases_is_not_the_phases_fault(monkeypatch):
+    (core, *_) = os.sched_getaffinity(0)
+    before = os.sched_getaffinity(0)
+    spin = f"import os\nos.sched_setaffinity(0, {{{core}}})\nprint(flush=True)\nwhile True: pass"
+
+    def work(name: str) -> None:
+        end = time.thread_time() + 0.2
+        while time.thread_time() < end:
+            pass
+
+    with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        try:
+            os.sched_setaffinity(0, {core})
+            delay_s = host.run_delay_s()
+            work("")
+            # the other has the processor half of the time
+            assert 0.05 < host.run_delay_s() - delay_s < 1.0
+            watch = clock()
+            monkeypatch.setattr(watch, "_announce", work)
+            watch.enter("load")
+            watch.leave()
+            # our own 0.2 s stay unaccounted for, the wait for the other does not
+            with pytest.raises(UnaccountedTimeError) as found:
+                watch.check_sum()
+            assert float(re.search(r"round of ([\d.]+) s", str(found.value))[1]) < 0.27
+        finally:
+            other.kill()
+            os.sched_setaffinity(0, before)
 
 
 def test_other_processes_cpu_time_is_counted_and_ours_is_not():

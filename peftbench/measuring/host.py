@@ -11,6 +11,7 @@ _STAT = Path("/proc/stat")
 _POWERCAP = Path("/sys/class/powercap")
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_SCHEDULED = Path("/proc/thread-self/schedstat")
 
 
 def _status_bytes(field: str) -> int | None:
@@ -82,6 +83,16 @@ def other_cpu_s(start: CpuTimes | None, end: CpuTimes | None) -> float | None:
     if start is None or end is None:
         return None
     return max(0.0, (end.machine_s - start.machine_s) - (end.own_s - start.own_s))
+
+
+def run_delay_s() -> float:
+    """Seconds that this thread could have run and had no processor: others had them all.
+
+    0 where the kernel does not count them. Source: Documentation/scheduler/sched-stats.rst
+    """
+    if not _SCHEDULED.exists():
+        return 0.0
+    return int(_SCHEDULED.read_text().split()[1]) / 1e9
 
 
 class PackageEnergy:

@@ -55,6 +55,8 @@ class Phases:
         self._last_ended = self._first_started
         self._held_s = 0.0
         self.between_s = 0.0  # collecting garbage and resetting peaks, which is no phase's work
+        self._delayed_s = 0.0  # between two phases: waiting for a processor that others had
+        self._delay_start_s = host.run_delay_s()
         self.energy = host.PackageEnergy()
         self._cpu_start: host.CpuTimes | None = None
         self._energy_start: list[float] = []
@@ -62,6 +64,7 @@ class Phases:
     def enter(self, name: str, hold: Callable[[], None] | None = None) -> None:
         """End the phase before and start this one; `hold` may block before the clock starts."""
         self.leave()
+        self._count_delay()
         began = time.monotonic()
         gc.collect()
         if self._device.type == "cuda":
@@ -69,15 +72,25 @@ class Phases:
             torch.cuda.reset_peak_memory_stats(self._device)
         host.reset_peak()
         self.between_s += time.monotonic() - began
+        self._delay_start_s = host.run_delay_s()
         self._announce(name)
         if hold is not None:
+            self._count_delay()
             began = time.monotonic()
             hold()
             self._held_s += time.monotonic() - began
+            self._delay_start_s = host.run_delay_s()
         self._name = name
         self._cpu_start = host.cpu_times()
         self._energy_start = [] if self.energy.unavailable else self.energy.read_j()
+        self._count_delay()
         self._started = time.monotonic()
+
+    def _count_delay(self) -> None:
+        """Since `_delay_start_s`, of what is in none of the clocks."""
+        now_s = host.run_delay_s()
+        self._delayed_s += now_s - self._delay_start_s
+        self._delay_start_s = now_s
 
     def imported(self) -> None:
         """The imports are done: the resident memory from which growth is counted is read here."""
@@ -96,6 +109,7 @@ class Phases:
         seconds = self._last_ended - self._started
         if stopped is not None:
             stopped(seconds)
+        self._delay_start_s = host.run_delay_s()
         cuda = self._device.type == "cuda"
         energy_j = (
             None
@@ -117,9 +131,10 @@ class Phases:
         """Raise UnaccountedTimeError if the phases are not the round, to 2 % or 50 ms.
 
         The round lasts from this clock's making to the last phase's end, without the wait for the
-        go and what `between_s` has.
+        go, what `between_s` has, and what this thread waited for a processor between two phases.
         """
-        total_s = self._last_ended - self._first_started - self._held_s - self.between_s
+        outside_s = self._held_s + self.between_s + self._delayed_s
+        total_s = self._last_ended - self._first_started - outside_s
         phases_s = math.fsum(reading.seconds for reading in self.readings.values())
         if abs(total_s - phases_s) > max(0.02 * total_s, 0.05):
             raise UnaccountedTimeError(
