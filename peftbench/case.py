@@ -99,6 +99,9 @@ class Settings:
     infer_new_tokens: int = 32  # of each answer, the first belonging to the prefill
     infer_turns: int = 30  # of each model, in turn with the others; multiples of 6 are balanced
     infer_merge_4bit: bool = False  # merge qlora as well, over its base dequantised
+    # tasks of lm-evaluation-harness
+    tasks: str = ""  # comma-separated: local tasks, the harness's, or YAML files; empty: none
+    task_items: int = 0  # the first so many items of each; 0: all
     # repetition
     seed: int = 0  # round r of a case runs with seed + r
 
@@ -173,7 +176,7 @@ def check_settings(settings: Settings) -> None:
             raise UserError(f"{name} is {value}; it must be at least 1")
     for name in (
         "warmup_steps", "threads", "seed", "gpu_memory_limit_bytes", "host_memory_limit_bytes",
-        "ppo_minibatch_size",
+        "ppo_minibatch_size", "task_items",
     ):  # fmt: skip
         value = getattr(settings, name)
         if value < 0:
@@ -202,6 +205,10 @@ def check_settings(settings: Settings) -> None:
         raise UserError(
             f"infer_new_tokens is {settings.infer_new_tokens}; it must be at least 2: the first"
             " belongs to the prefill"
+        )
+    if settings.tasks and not settings.measures_quality:
+        raise UserError(
+            "--tasks asks what a model has learnt: give pretrained weights and data that are text"
         )
     if settings.eval_context < 2:
         raise UserError(f"eval_context is {settings.eval_context}; it must be at least 2 tokens")
@@ -296,9 +303,10 @@ class Case:
     def public(self) -> Case:
         """As records hold it: of a local model or data set the name alone, not where it lies.
 
-        What is in it is told by the record's `weights_hash` and `data_digest`.
+        What is in it is told by the record's `weights_hash`, `data_digest` and its tasks' digests.
         """
-        settings = replace(self.settings, data=public_name(self.settings.data))
+        tasks = ",".join(public_name(name) for name in task_names(self.settings.tasks))
+        settings = replace(self.settings, data=public_name(self.settings.data), tasks=tasks)
         return replace(self, model=public_name(self.model), settings=settings)
 
     def with_seed(self, seed: int) -> Case:
@@ -310,6 +318,11 @@ class Case:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Case:
         return cls(data["model"], data["adapter"], data["method"], Settings(**data["settings"]))
+
+
+def task_names(text: str) -> tuple[str, ...]:
+    """The names of a value of `tasks`, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def parse_bytes(text: str) -> int:

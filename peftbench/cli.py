@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"peftbench {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="models, adapters, methods, data and presets by name")
+    commands.add_parser("list", help="models, adapters, methods, data, tasks and presets")
     env = commands.add_parser("env", help="code, libraries and machine, and what a GPU run needs")
     env.add_argument("--json", action="store_true", help="as a dictionary, for a bug report")
     show = commands.add_parser("show", help="a result file: all its cases, or one in full")
@@ -122,6 +122,7 @@ def list_tables() -> None:
     from peftbench.adapters import ADAPTERS
     from peftbench.case import PRESETS
     from peftbench.data.loading import DATA
+    from peftbench.data.task_items import LOCAL_TASKS
     from peftbench.methods import INFER, METHODS
     from peftbench.models import MODELS
 
@@ -133,6 +134,7 @@ def list_tables() -> None:
             [INFER, "no training: what the adapter costs when the model answers"],
         ],
         "data": [[n, d.about] for n, d in DATA.items()],
+        "tasks": [[n, t.about] for n, t in LOCAL_TASKS.items()],
         "presets": [[n, p.about] for n, p in PRESETS.items()],
     }
     for name, rows in sections.items():

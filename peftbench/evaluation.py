@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from peftbench import rollout
 from peftbench.batches import collate, completion_logprobs, last_columns, token_logprobs
 from peftbench.data.task import TokenPair, TokenTask
+from peftbench.harness import TaskScore
 
 if TYPE_CHECKING:
     from peftbench.batches import Sides
@@ -79,12 +80,14 @@ class Quality:
     pairs: PairScore
     samples: list[list[int]]  # token ids of sampled completions of the first test prompts
     completions: list[list[int]]  # of more of them and up to their full length, to be judged
+    tasks: dict[str, TaskScore] = field(default_factory=dict)  # of `--tasks`, by name
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Quality:
         return cls(
             TextScore(**data["text"]), PairScore(**data["pairs"]), data["samples"],
             data["completions"],
+            {name: TaskScore(**score) for name, score in data.get("tasks", {}).items()},
         )  # fmt: skip
 
 
@@ -330,6 +333,24 @@ def pair_metrics(score: PairScore) -> dict[str, float]:
         "preference_accuracy": accuracy,
         "preference_accuracy_se": math.sqrt(accuracy * (1 - accuracy) / len(correct)),
     }
+
+
+def task_metrics(score: TaskScore) -> dict[str, float | int | None]:
+    """task_items, and the two accuracies of one task with their standard errors."""
+    accuracy, se = _share(score.correct)
+    norm, norm_se = (None, None) if score.correct_norm is None else _share(score.correct_norm)
+    return {
+        "task_items": len(score.correct),
+        "task_accuracy": accuracy, "task_accuracy_se": se,
+        "task_accuracy_norm": norm, "task_accuracy_norm_se": norm_se,
+    }  # fmt: skip
+
+
+def _share(outcomes: str) -> tuple[float, float | None]:
+    """Share of ones, and its standard error; None of a single item."""
+    n = len(outcomes)
+    share = outcomes.count("1") / n
+    return share, math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
 
 
 def reward_margin(policy: PairScore, base: PairScore, beta: float) -> float:

@@ -109,6 +109,7 @@ METRICS: dict[str, Metric] = {
     "score_s": Metric("s", "lower", "noisy", 0.03, "PPO: wall time of old log-probabilities and values, reference and reward, within the training window."),
     "update_s": Metric("s", "lower", "noisy", 0.03, "PPO: wall time of the optimiser steps, within the training window."),
     "evaluate_s": Metric("s", "lower", "noisy", 0.05, "Wall time of the evaluation after training; the base is scored once per session, outside the cases."),
+    "tasks_s": Metric("s", "lower", "info", 0.0, "Wall time of the tasks of `--tasks`, the trained model's; the base's are outside the cases."),
     "compare_s": Metric("s", "none", "info", 0.0, "Wall time to compare the trained model with its base (KL, moved entries); `full` loads the base anew for it."),
     "count_s": Metric("s", "none", "info", 0.0, "Wall time to count the operations of one micro-batch, after everything else is measured."),
     "save_s": Metric("s", "lower", "noisy", 0.05, "Wall time to write the adapter to disk."),
@@ -216,12 +217,31 @@ METRICS: dict[str, Metric] = {
     "zero_merge_logit_ratio": Metric("ratio", "none", "info", 0.0, "The same of the base against merged before the adapter has an effect, as every adapter that merges starts.", kinds=("infer",)),
 }  # fmt: skip
 
+TASK_METRICS: dict[str, Metric] = {
+    "task_accuracy": Metric("ratio", "higher", "seeded", 0.01, "Of each task of `--tasks`: share of its items whose right answer has the highest log-likelihood; of a cloze, is the most likely at every token (lm-evaluation-harness's `acc`)."),
+    "task_accuracy_se": Metric("ratio", "none", "info", 0.0, "Standard error of task_accuracy over the items, with n - 1 as the harness has it."),
+    "task_accuracy_base": Metric("ratio", "none", "info", 0.0, "task_accuracy of the base model the adapter sits on, on the same items."),
+    "task_accuracy_norm": Metric("ratio", "higher", "info", 0.0, "The same share by log-likelihood over the answer's length (`acc_norm`); null for a cloze."),
+    "task_accuracy_norm_se": Metric("ratio", "none", "info", 0.0, "Standard error of task_accuracy_norm."),
+    "task_accuracy_norm_base": Metric("ratio", "none", "info", 0.0, "task_accuracy_norm of the base model."),
+    "task_items": Metric("items", "none", "info", 0.0, "Items of the task that were scored."),
+}  # fmt: skip
+"""What a record's `tasks` has of each task, by its name. A comparison names it with the task:
+`task_accuracy:hellaswag`."""
+
+
+def metric_of(name: str) -> Metric:
+    """The row of a metric, also of a single task's. Raises: KeyError for a name that has none."""
+    family, colon, task = name.partition(":")
+    return TASK_METRICS[family] if colon and task else METRICS[name]
+
+
 PHASES: tuple[str, ...] = (
     "import", "load", "attach", "data", "check", "prepare", "sft", "reward_model", "reference",
-    "warmup", "train", "evaluate", "compare", "save", "merge", "count",
+    "warmup", "train", "evaluate", "tasks", "compare", "save", "merge", "count",
 )  # fmt: skip
-"""The phases of a round, in order. `sft`, `reward_model`, `reference` and `merge` have no time where
-there is none of it."""
+"""The phases of a round, in order. `sft`, `reward_model`, `reference`, `tasks` and `merge` have no
+time where there is none of it."""
 
 HEADLINE_PHASES: tuple[str, ...] = ("sft", "reward_model", "reference", "warmup", "train")
 """Peaks are the maximum over these: never load, evaluate or save (evaluation's full logits would win)."""
@@ -258,11 +278,11 @@ _BY_KIND: dict[Kind, dict[str, Metric]] = {
 
 
 def glossary() -> str:
-    """The METRICS table as Markdown, for the README."""
+    """METRICS and TASK_METRICS as Markdown, for the README."""
     rows = ["| name | unit | better | compared | meaning |", "|---|---|---|---|---|"]
     better = {"lower": "lower", "higher": "higher", "none": "-"}
     rows += [
         f"| `{name}` | {m.unit} | {better[m.direction]} | {m.metric_class} | {m.definition} |"
-        for name, m in METRICS.items()
+        for name, m in (METRICS | TASK_METRICS).items()
     ]
     return "\n".join(rows)

@@ -49,6 +49,7 @@ def model_card(found: dict[str, Any], base_name: str, *, is_on_hub: bool) -> str
         "| metric | base | trained | meaning |",
         "|---|---|---|---|",
         *metric_rows(metrics),
+        *task_rows(found["tasks"]),
         "",
         "## How it was made",
         "",
@@ -88,6 +89,16 @@ def metric_rows(metrics: dict[str, Any]) -> list[str]:
                 f" | {METRICS[name].definition} |"
             )
     return rows
+
+
+def task_rows(tasks: dict[str, dict[str, Any]]) -> list[str]:
+    """A row for each task of `--tasks`."""
+    return [
+        f"| {plain(name)} | {shown(task['task_accuracy_base'])} | {shown(task['task_accuracy'])} |"
+        f" Accuracy on {task['task_items']} items of this task of lm-evaluation-harness, version"
+        f" {plain(task['version'])}. |"
+        for name, task in tasks.items()
+    ]
 
 
 def shown(value: float) -> str:

@@ -2,7 +2,7 @@
 
     pytest (plugin.py)  ->  one fresh child process per round (worker.py)  ->  run_round, below:
     import -> load -> attach -> data -> check -> prepare -> (sft) -> (reward model) -> (reference)
-    -> warm up -> [go] -> train -> evaluate -> compare -> save -> merge -> count
+    -> warm up -> [go] -> train -> evaluate -> (tasks) -> compare -> save -> merge -> count
 
 The parent process collects, shows progress and writes files; it never imports torch (but for
 `--report-to`, when all is measured). The child
@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from peftbench import adapters, evaluation, models, ppo_values, provenance, values
+from peftbench import adapters, evaluation, harness, models, ppo_values, provenance, values
 from peftbench.batches import collate, completion_logprobs, forward_logits
 from peftbench.case import Case, Settings
 from peftbench.data.loading import load_task
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.errors import InvalidTrainingError, UserError
 from peftbench.evaluation import Quality
+from peftbench.harness import TaskScore
 from peftbench.measuring import host
 from peftbench.measuring.flops import count_flops
 from peftbench.measuring.phases import Phases
@@ -140,6 +141,10 @@ def run_round(
         gap = evaluation.score_gap(model, trained_on, task, quality.pairs, settings)
         judged = judge(case, task, tokenizer, quality, base, training)
 
+    if quality is not None and settings.tasks:
+        phases.enter("tasks")
+        quality = replace(quality, tasks=task_scores(model, case, tokenizer))
+
     phases.enter("compare")
     fresh_base = load(case, device, quantize=False) if case.adapter == "full" else None
     kl = None if quality is None else kl_of(model, fresh_base, quality, task, case)
@@ -227,6 +232,7 @@ def run_round(
         "step_learning_rates": training.learning_rates,
         "ppo_history": None if training.ppo is None else training.ppo.history,
         "items": values.item_outcomes(quality, base, gap),
+        "tasks": values.task_values(quality, base),
         "samples": values.samples_text(task, base, quality, tokenizer),
     }
 
@@ -248,6 +254,9 @@ def score_base(case: Case, quantize: bool, parent: Parent) -> dict[str, Any]:
     task = load_task(case.settings, tokenizer, model.config.vocab_size)
     phases.enter("evaluate")
     quality = quality_of(model, case, task, tokenizer)
+    if case.settings.tasks:
+        phases.enter("tasks")
+        quality = replace(quality, tasks=task_scores(model, case, tokenizer, is_base=True))
     phases.leave()
     return {
         "quality": asdict(quality),
@@ -304,6 +313,8 @@ def import_libraries(settings: Settings) -> None:
     names = ["accelerate", "bitsandbytes", "peft"]
     if settings.engine == "trl":
         names += ["trl.trainer.sft_trainer", "trl.trainer.dpo_trainer"]
+    if settings.tasks:
+        names += ["lm_eval.evaluator", "lm_eval.models.huggingface"]
     for name in names:
         importlib.import_module(name)
 
@@ -370,6 +381,18 @@ def quality_of(
         model, task, case.settings, eos_id_of(model, tokenizer),
         completes=samples_completions(case.method, case.settings.data),
     )  # fmt: skip
+
+
+def task_scores(
+    model: Any, case: Case, tokenizer: PreTrainedTokenizerBase | None, *, is_base: bool = False
+) -> dict[str, TaskScore]:
+    """What the model answers in the tasks of `--tasks`."""
+    assert tokenizer is not None  # `check_settings` lets no tasks pass beside random weights
+    context = models.model_context(case.model, case.settings.weights)
+    if context is not None and case.adapter == "prefix" and not is_base:
+        context -= case.settings.prefix_tokens  # learned positions count the prefix too
+    with evaluation.evaluating(model, case.settings):
+        return harness.score_tasks(model, tokenizer, case.settings, context)
 
 
 def judge(

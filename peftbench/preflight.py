@@ -9,6 +9,7 @@ from peftbench.case import Case, Settings
 from peftbench.data import assets
 from peftbench.data.loading import check_data, check_lengths
 from peftbench.errors import UserError
+from peftbench.harness import check_tasks
 from peftbench.models import check_model, find_model, model_context
 from peftbench.provenance import torch_cuda_version
 from peftbench.trl_engine import check_trl
@@ -29,6 +30,7 @@ def preflight(models: Sequence[str], adapters: set[str], settings: Settings) -> 
         if row.kind == "asset" and settings.weights == "pretrained":
             assets.fetch(row.location)
     check_data(settings)
+    check_tasks(settings)
     for model in models:
         context = model_context(model, settings.weights)
         if context is not None and "prefix" in adapters:

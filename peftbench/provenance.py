@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 LIBRARIES = (
     "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets",
     "tokenizers", "safetensors", "numpy", "pytest", "pytest-benchmark", "nvidia-ml-py",
+    "lm-eval",
 )  # fmt: skip
 
 # What moves a number and holds nothing private. Never a dump: an environment has tokens in it.

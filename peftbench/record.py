@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peftbench.metrics import METRICS, Kind, metrics_of
+from peftbench.metrics import METRICS, TASK_METRICS, Kind, metrics_of
 
 FORMAT = 1
 
@@ -71,10 +71,23 @@ def merge_rounds(rounds: list[dict[str, Any]]) -> dict[str, Any]:
             middle = statistics.median(values)
             merged[name] = int(middle) if isinstance(values[0], int) and middle % 1 == 0 else middle
     merged["null_reasons"] = nulls
-    keep = ("seed", "losses", "ppo_history", "items", "start_unix_s", "disturbances", *METRICS)
+    merged["tasks"] = {
+        name: _merged_task([r["tasks"][name] for r in calm]) for name in first.get("tasks", {})
+    }
+    keep = ("seed", "losses", "ppo_history", "items", "tasks", "start_unix_s", "disturbances",
+            *METRICS)  # fmt: skip
     merged["disturbances"] = sorted({d for r in rounds for d in r.get("disturbances", [])})
     merged["calm_rounds"] = sum(not r.get("disturbances") for r in rounds)
     merged["rounds"] = [{k: r[k] for k in keep if k in r} for r in rounds]
+    return merged
+
+
+def _merged_task(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """One task over the rounds: medians; which items came out right is the first round's."""
+    merged = dict(rounds[0])
+    for name in TASK_METRICS:
+        values = [r[name] for r in rounds]
+        merged[name] = None if None in values else statistics.median(values)
     return merged
 
 

@@ -130,7 +130,8 @@ class Session:
             | {"completes": samples_completions(case.method, settings.data)}
             | {n: v for n, v in asdict(settings).items() if n.startswith("eval_")}
             | {n: getattr(settings, n) for n in ("data", "dtype", "device", "threads", "weights",
-                                                 "prompt_length", "completion_length", "pairs")}
+                                                 "prompt_length", "completion_length", "pairs",
+                                                 "tasks", "task_items")}
         )  # fmt: skip
         if key not in self._bases:
             self.progress.phase("score the 4-bit base" if quantize else "score the base")

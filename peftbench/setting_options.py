@@ -19,6 +19,8 @@ HELP = {
     "time_budget_s": "stop training after so many seconds (0: the pairs are the budget)",
     "infer_turns": "turns of each model in an inference case; more narrow the interval",
     "infer_merge_4bit": "inference: merge qlora as well, over its base dequantised",
+    "tasks": "comma-separated: local tasks, lm-evaluation-harness's, or YAML files of its format",
+    "task_items": "the first so many items of each task (0: all)",
     "learning_rate": "one value for all cases (0: the table's, by adapter and method)",
 }
 KINDS: dict[str, type] = {"int": int, "float": float, "str": str}

@@ -94,6 +94,8 @@ def record_lines(row: dict[str, Any]) -> list[str]:
     if row["status"] == "ok":
         for title, names in metric_sections(kind_of(row["case_id"])).items():
             lines += ["", *_metric_lines(row, title, names)]
+        if row.get("tasks"):
+            lines += ["", *_task_table(row["tasks"])]
         lines += ["", *_null_lines(row), *_phase_lines(row), *_sample_lines(row)]
     if "provenance" in row:
         lines += ["", *provenance_lines(row)]
@@ -170,6 +172,19 @@ def _metric_lines(row: dict[str, Any], title: str, names: list[str]) -> list[str
     return table(
         [*(header[i] for i in used), ""], [[*(line[i] for i in used), ""] for line in cells]
     )
+
+
+def _task_table(tasks: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each accuracy of each task."""
+    header = ["task", "accuracy", "standard error", "base", "items", ""]
+    lines = []
+    for name, task in tasks.items():
+        for metric, label in (("task_accuracy", name), ("task_accuracy_norm", f"{name}, norm")):
+            if task[metric] is not None:
+                numbers = [task[metric + ending] for ending in ("", "_se", "_base")]
+                shown = ["-" if n is None else quantity(n, "ratio") for n in numbers]
+                lines.append([label, *shown, f"{task['task_items']:.0f}", ""])
+    return table(header, lines)
 
 
 def _belongs_to_another(name: str) -> bool:

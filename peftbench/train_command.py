@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from peftbench.model_card import model_card
 from peftbench.progress import clock, say
 from peftbench.record import FORMAT, dumps, remove_half_written, write_atomically
 from peftbench.result_files import read_json
+from peftbench.summary import task_lines
 from peftbench.trackers import FOLDERS, LiveRun, configuration, open_tracker, run_name
 from peftbench.training import SilentGate, Training, TrainingState
 
@@ -162,13 +163,15 @@ def train_case(
             "total_params": total, "trainable_params": trainable,
             **values.loss_values(training),
         }  # fmt: skip
+        tasks: dict[str, dict[str, Any]] = {}
         if settings.measures_quality:
             say("evaluating ...")
-            quality = pipeline.quality_of(model, case, task, tokenizer)
+            quality = quality_of(model, case, task, tokenizer)
+            tasks = values.task_values(quality, base)
             metrics |= values.quality_values(quality, base, None, task, settings)
             metrics |= pipeline.judge(case, task, tokenizer, quality, base, training)
         run.finished(metrics)
-    finish(folder, model, tokenizer, case, task, training, metrics, seconds)
+    finish(folder, model, tokenizer, case, task, training, metrics, tasks, seconds)
 
 
 @contextmanager
@@ -281,9 +284,20 @@ def base_quality(
     if begun["base"] is not None:
         return Quality.from_dict(begun["base"])
     say("evaluating the base ...")
-    quality = pipeline.quality_of(model, case, task, tokenizer)
+    quality = quality_of(model, case, task, tokenizer, is_base=True)
     write_atomically(folder / BEGUN, dumps(begun | {"base": asdict(quality)}))
     return quality
+
+
+def quality_of(
+    model: Any, case: Case, task: TokenTask, tokenizer: Any, *, is_base: bool = False
+) -> Quality:
+    """Quality with the tasks of `--tasks`."""
+    quality = pipeline.quality_of(model, case, task, tokenizer)
+    if not case.settings.tasks:
+        return quality
+    say(f"tasks: {case.public().settings.tasks} ...")
+    return replace(quality, tasks=pipeline.task_scores(model, case, tokenizer, is_base=is_base))
 
 
 def finish(
@@ -294,6 +308,7 @@ def finish(
     task: TokenTask,
     training: Training,
     metrics: dict[str, float | int | None],
+    tasks: dict[str, dict[str, Any]],
     seconds: float,
 ) -> None:
     """Write what is kept, then remove what only a resumed run needs."""
@@ -309,6 +324,7 @@ def finish(
     found = {
         "format": FORMAT, "case": case.public().to_dict(), "case_hash": case.hash,
         "data": task.name, "data_digest": task.digest, "seconds": seconds, "metrics": metrics,
+        "tasks": tasks,
         "losses": training.losses,
         "ppo_history": None if training.ppo is None else training.ppo.history,
         "provenance": provenance.describe(),
@@ -317,7 +333,7 @@ def finish(
     write_atomically(folder / FINISHED, dumps(found))
     for file in [*folder.glob("checkpoint-*.safetensors"), folder / BEGUN]:
         file.unlink(missing_ok=True)
-    for line in closing_lines(case, metrics, folder):
+    for line in [*task_lines(tasks), *closing_lines(case, metrics, folder)]:
         say(line)
 
 

@@ -227,6 +227,7 @@ def null_reasons(
     if uses_ppo(case.method):
         reasons["reference_s"] = "PPO asks its reference in each update: it is in score_s"
     reasons["sft_s"] = f"{case.method} has no SFT stage before it"
+    reasons["tasks_s"] = "no tasks were asked for (--tasks)"
     reasons |= ppo_values.null_reasons(case)
     reasons["padded_tokens_per_s"] = "TRL's collators pad, and do not say how much"
     reasons["perplexity_floor"] = "the entropy of this text is not known"
@@ -292,6 +293,28 @@ def item_outcomes(
         "window_nll_base_nats": [round(x, 4) for x in base.text.window_nll],
         "window_tokens": quality.text.window_tokens,
     }
+
+
+def task_values(quality: Quality | None, base: Quality | None) -> dict[str, dict[str, Any]]:
+    """Each task of `--tasks` by name: its TASK_METRICS, which items came out right, and which of
+    the base's. `digest` is that of the items.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, score in ({} if quality is None else quality.tasks).items():
+        before = None if base is None else base.tasks.get(name)
+        of_base = {} if before is None else evaluation.task_metrics(before)
+        found[name] = {
+            **evaluation.task_metrics(score),
+            "task_accuracy_base": of_base.get("task_accuracy"),
+            "task_accuracy_norm_base": of_base.get("task_accuracy_norm"),
+            "version": score.version,
+            "digest": score.digest,
+            "correct": score.correct,
+            "correct_norm": score.correct_norm,
+            "correct_base": None if before is None else before.correct,
+            "correct_norm_base": None if before is None else before.correct_norm,
+        }
+    return found
 
 
 def samples_text(

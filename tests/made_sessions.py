@@ -31,7 +31,8 @@ def case(name: str, *, hash_: str = "", seeds: int = 1, **changes: Any) -> dict[
     facts = {k: v for k, v in changes.items() if k not in METRICS}
     rounds = [
         {"seed": seed, "disturbances": facts.get("disturbances", []), "start_unix_s": 1.7e9,
-         "items": {"preference_correct": facts.get("outcomes", OUTCOMES)}, **numbers}
+         "items": {"preference_correct": facts.get("outcomes", OUTCOMES)},
+         "tasks": facts.get("tasks", {}), **numbers}
         for seed in range(seeds)
     ]  # fmt: skip
     return {
@@ -41,6 +42,12 @@ def case(name: str, *, hash_: str = "", seeds: int = 1, **changes: Any) -> dict[
         "null_reasons": {n: "not here" for n, v in numbers.items() if v is None},
         **numbers, "rounds": rounds, **facts,
     }  # fmt: skip
+
+
+def task(outcomes: str, digest: str = "t") -> dict[str, Any]:
+    """What a record has of one task."""
+    share = outcomes.count("1") / len(outcomes)
+    return {"task_accuracy": share, "correct": outcomes, "digest": digest}
 
 
 def stopped(name: str, status: str, reason: str = "out of memory") -> dict[str, Any]:

@@ -44,7 +44,8 @@ LAYERS = [
     {"show", "setting_options", "trackers"},
     {"hub", "model_files", "data.assets", "data.corpus", "data.preference", "measuring.energy"},
     {"data.files", "measuring.gpu"},
-    {"data.hub"},
+    {"data.hub", "data.task_items"},
+    {"harness"},
     {
         "data.loading",
         "quantization",

@@ -357,3 +357,57 @@ def test_quality_that_falls_in_most_cases_is_the_suites_line():
     # 10 worse and none better: p = 1 / 1024
     assert [(line.metric, len(line.cases)) for line in found.suite] == [("perplexity", 10)]
     assert found.exit_code == 1
+
+
+def with_task(outcomes, digest="t", **more):
+    tasks = {"cloze": made.task(outcomes, digest), "choice": made.task("10" * 100), **more}
+    return made.case("m-lora-sft", tasks=tasks)
+
+
+def test_a_task_is_compared_item_by_item_and_beside_the_other_tasks():
+    base = of([with_task("1" * 120 + "0" * 80)])
+    rows, found = judged([with_task("1" * 90 + "0" * 110)], base=base)
+    row = rows["m-lora-sft", "task_accuracy:cloze"]
+    assert (row.verdict, row.base, row.new) == ("regressed", 0.6, 0.45)
+    assert row.change == pytest.approx(-0.15)
+    assert "McNemar on 200 items: 30 lost, 0 won" in row.reason
+    assert rows["m-lora-sft", "task_accuracy:choice"].verdict == "unchanged"
+    assert found.exit_code == 1
+    assert "task_accuracy:cloze" in "\n".join(text_lines(found))
+    # as many lost as won: the same accuracy, and no verdict on the items' places
+    swapped, _ = judged([with_task("0" * 30 + "1" * 120 + "0" * 50)], base=base)
+    assert "30 lost, 30 won" in swapped["m-lora-sft", "task_accuracy:cloze"].reason
+    assert swapped["m-lora-sft", "task_accuracy:cloze"].verdict != "regressed"
+
+
+def test_a_task_with_other_items_is_redefined_and_one_that_is_gone_is_missing():
+    base = of([with_task("1" * 200)])
+    rows, _ = judged([with_task("0" * 200, digest="u")], base=base)
+    assert rows["m-lora-sft", "task_accuracy:cloze"].verdict == "redefined"
+    assert rows["m-lora-sft", "task_accuracy:choice"].verdict == "unchanged"
+    gone = made.case("m-lora-sft", tasks={"cloze": made.task("1" * 200)})
+    rows, _ = judged([gone], base=base)
+    assert rows["m-lora-sft", "task_accuracy:choice"].verdict == "missing"
+    rows, _ = judged([with_task("1" * 200, more=made.task("10"))], base=base)
+    assert rows["m-lora-sft", "task_accuracy:more"].verdict == "new"
+
+
+def test_a_project_sets_the_margin_of_all_tasks_or_of_one(tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").write_text(
+        "[tool.peftbench.metrics.task_accuracy]\nmargin = 0.03\n"
+        '[tool.peftbench.metrics."task_accuracy:cloze"]\nignore = true\n'
+    )
+    (tmp_path / "peftbench-acknowledged.toml").write_text(
+        '[[change]]\nmetric = "task_accuracy:*"\ncase = "*"\ncommit = "aaaaaaa"\nreason = "r"\n'
+    )
+    rules = read_rules(tmp_path)
+    assert rules.of("task_accuracy:choice", "m").margin == 0.03
+    assert rules.of("task_accuracy:cloze", "m").ignore
+    assert rules.acknowledged[0].covers("task_accuracy:choice", "m")
+
+
+def test_the_index_keeps_what_tasks_have(tmp_path, monkeypatch):
+    from peftbench.compare.index import from_entry, to_entry
+
+    session = of([with_task("110", more=made.task("01"))])
+    assert from_entry("file.json", json.loads(json.dumps(to_entry(session)))) == session

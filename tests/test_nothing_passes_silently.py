@@ -43,6 +43,10 @@ def records(draw, name):
         "threads": st.sampled_from([1, 2]), "data_digest": st.sampled_from(["d", "e"]),
         "disturbances": st.sampled_from([[], ["shared"]]),
         "outcomes": st.sampled_from(["", "1", "10" * 50, made.OUTCOMES, None]),
+        "tasks": st.dictionaries(
+            st.sampled_from(["a", "b"]),
+            st.builds(made.task, st.sampled_from(["1", "10" * 50]), st.sampled_from(["t", "u"])),
+        ),
     }))  # fmt: skip
     record = made.case(name, seeds=draw(st.integers(1, 3)), **changes, **facts)
     record["rounds"] = draw(st.permutations(record["rounds"]))
@@ -84,7 +88,10 @@ def check(found, base, new, rules):
     )
     for case in cases:
         metrics = {r.metric for r in found.rows if (r.case_id, r.case_hash) == case}
-        assert metrics == {STATUS, *(rule.metric for rule in rules.gated(case[0]))}
+        of_tasks = {name for name in metrics if ":" in name}
+        assert metrics - of_tasks == {STATUS, *(rule.metric for rule in rules.gated(case[0]))}
+        assert of_tasks >= {n for side in (new, base) if case in side.cases
+                            for n in side.cases[case].task_metrics}  # fmt: skip
     verdicts = {r.verdict for r in found.rows if r.was_ok or r.verdict != "failed"}
     expected = 0
     if verdicts & {"regressed", "changed", "failed"} or found.suite:

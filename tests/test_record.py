@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.metrics import METRICS, glossary
+from peftbench.metrics import METRICS, TASK_METRICS, glossary
 from peftbench.record import dumps, measured, merge_rounds, write_atomically
 
 REASONS = dict.fromkeys(METRICS, "not measured here")
@@ -55,6 +55,20 @@ def test_a_metric_that_one_round_lacks_is_null_in_the_merged_record():
     assert merged["null_reasons"]["train_s"] == "clock lost"
 
 
+def test_a_task_merges_to_its_medians_and_each_round_keeps_its_items():
+    tasks = [
+        dict.fromkeys(TASK_METRICS) | {"task_accuracy": share, "task_items": 4, "correct": items}
+        for share, items in ((0.75, "1110"), (0.25, "0100"), (0.5, "0110"))
+    ]
+    rounds = [measured({}, REASONS) | {"tasks": {"cloze": task}} for task in tasks]
+    rounds[0]["disturbances"] = ["a shared GPU"]
+    merged = merge_rounds(rounds)
+    assert merged["tasks"]["cloze"]["task_accuracy"] == 0.375
+    assert merged["tasks"]["cloze"]["task_items"] == 4
+    assert merged["tasks"]["cloze"]["task_accuracy_norm"] is None
+    assert [r["tasks"]["cloze"]["correct"] for r in merged["rounds"]] == ["1110", "0100", "0110"]
+
+
 def test_json_is_strict():
     with pytest.raises(ValueError, match="JSON"):
         dumps({"x": math.nan})
@@ -88,6 +102,6 @@ def test_readme_glossary_is_the_table(name):
 
 def test_glossary_is_valid_markdown_rows():
     rows = glossary().splitlines()
-    assert len(rows) == len(METRICS) + 2
+    assert len(rows) == len(METRICS) + len(TASK_METRICS) + 2
     assert all(row.count("|") == 6 for row in rows)
     assert json.dumps(rows)

@@ -73,7 +73,7 @@ def estimates(
     se = np.where(np.isfinite(se), np.maximum(se, EXACT_SE), np.nan)
     p_worse, p_better = slower_p(estimate, se, df), slower_p(-estimate, se, df)
     for i, pair in enumerate(pairs):
-        outcome = discordant(pair) if rule.metric == "preference_accuracy" else None
+        outcome = discordant(pair, rule.metric)
         if outcome is not None:
             worse, better, items = outcome
             p_worse[i], p_better[i] = mcnemar_p(worse, better), mcnemar_p(better, worse)
@@ -81,7 +81,8 @@ def estimates(
             # of a mean of +1, 0 and -1; one discordant pair more than were seen, so never 0
             se[i] = np.sqrt(worse + better + 1 - items * share**2) / items
             df[i] = MANY_DF
-            basis[i] = f"McNemar on {items} pairs: {worse} lost, {better} won"
+            things = "pairs" if rule.metric == "preference_accuracy" else "items"
+            basis[i] = f"McNemar on {items} {things}: {worse} lost, {better} won"
     return Estimates(rule, pairs, rules, seeds, estimate, se, df, p_worse, p_better, basis)
 
 
@@ -122,12 +123,12 @@ def repeated_spread(
     return float(np.std(values, ddof=1)), len(found)
 
 
-def discordant(pair: Pair) -> tuple[int, int, int] | None:
-    """(pairs only the base got right, only the new one, all) over common seeds; None: no items."""
+def discordant(pair: Pair, metric: str) -> tuple[int, int, int] | None:
+    """(items only the base got right, only the new one, all) over common seeds; None: no items."""
     left, right = rounds_by_seed(pair.base), rounds_by_seed(pair.new)
     worse = better = items = 0
     for seed in sorted(left.keys() & right.keys()):
-        before, after = left[seed].outcomes, right[seed].outcomes
+        before, after = left[seed].outcomes.get(metric), right[seed].outcomes.get(metric)
         if before is None or after is None or len(before) != len(after):
             return None
         worse += sum(a == "1" and b == "0" for a, b in zip(before, after, strict=True))

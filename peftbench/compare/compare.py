@@ -10,7 +10,7 @@ from pathlib import Path
 
 from peftbench.compare import by_seed, by_time
 from peftbench.compare.by_class import exact_row, tight_row
-from peftbench.compare.load import Key, Session
+from peftbench.compare.load import Key, Session, metric_names
 from peftbench.compare.order import first_reached, in_order, place_name, read_folder, read_side
 from peftbench.compare.pairing import Pair, judge_case, paired_cases, unusable, value
 from peftbench.compare.rules import GATED_CLASSES, Acknowledged, Rule, Rules, read_rules
@@ -26,7 +26,7 @@ from peftbench.compare.verdicts import (
     plain_row,
 )
 from peftbench.errors import UserError
-from peftbench.metrics import METRICS, kind_of
+from peftbench.metrics import METRICS, kind_of, metric_of
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def metric_rows(
     rows: list[Row] = []
     timed: list[by_time.Predicted] = []
     seeded: list[by_seed.Estimates] = []
-    for name in METRICS:
+    for name in metric_names(row for pair in pairs for row in (pair.base, pair.new)):
         settled, usable = usable_pairs(pairs, name, base, new, rules, has_history)
         rows += settled
         for metric_class, found in usable.items():
@@ -199,10 +199,12 @@ def usable_pairs(
     usable: dict[str, list[tuple[Pair, Rule]]] = {}
     for pair in pairs:
         rule = rules.of(name, pair.new.case_id)
-        if kind_of(pair.new.case_id) not in METRICS[name].kinds:
+        if kind_of(pair.new.case_id) not in metric_of(name).kinds:
             continue
         if rule.ignore or rule.metric_class not in GATED_CLASSES:
             continue
+        if ":" in name and name not in pair.base.task_metrics | pair.new.task_metrics:
+            continue  # not a task of this case
         settled = unusable(pair, rule, versions) or disturbed_row(pair, rule, has_history)
         if settled is None:
             usable.setdefault(rule.metric_class, []).append((pair, rule))
@@ -266,7 +268,8 @@ def in_report_order(rows: list[Row]) -> tuple[Row, ...]:
         key = (row.verdict, row.case_id, row.case_hash)
         size = abs(row.change) if row.change is not None else 0.0
         largest[key] = max(largest.get(key, 0.0), size)
-    position = {name: i for i, name in enumerate([STATUS, *METRICS])}
+    names = dict.fromkeys([STATUS, *METRICS, *sorted(row.metric for row in rows)])
+    position = {name: i for i, name in enumerate(names)}
 
     def order(row: Row) -> tuple[int, bool, float, str, str, int]:
         size = largest[row.verdict, row.case_id, row.case_hash]

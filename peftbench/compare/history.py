@@ -14,13 +14,13 @@ import numpy as np
 
 from peftbench.compare.by_time import sentinel_logs
 from peftbench.compare.change_points import change_points
-from peftbench.compare.load import CaseRow, Session
+from peftbench.compare.load import CaseRow, Session, metric_names
 from peftbench.compare.order import place_name, read_folder
 from peftbench.compare.pairing import needs_logarithm, value
 from peftbench.compare.rules import GATED_CLASSES, Rule, Rules, read_rules
 from peftbench.compare.statistics import Floats, nanmedian, sentinel_shift, shared
 from peftbench.errors import unknown_name
-from peftbench.metrics import METRICS, kind_of
+from peftbench.metrics import kind_of, metric_of
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,10 @@ def read_history(
 
     Raises: UserError for a folder without sessions, or where nothing is asked for by those names.
     """
-    if metric is not None and metric not in METRICS:
-        raise unknown_name("metric", metric, METRICS)
     sessions = read_folder(folder, subject)
+    names = metric_names(row for s in sessions for row in s.cases.values())
+    if metric is not None and metric not in names:
+        raise unknown_name("metric", metric, names)
     ids = sorted({key[0] for s in sessions for key in s.cases})
     wanted = [i for i in ids if case is None or case in i or fnmatch.fnmatchcase(i, case)]
     if not wanted:
@@ -84,16 +85,17 @@ def history_of(
     places = tuple(place_name(s, subject) for s in sessions)
     tracks = tracks_of(sessions, cases)
     series: list[Series] = []
-    for name in METRICS if metric is None else [metric]:
+    names = metric_names(row for s in sessions for row in s.cases.values())
+    for name in names if metric is None else [metric]:
         chosen = {}
         for track, rows in tracks.items():
-            if kind_of(track[0]) not in METRICS[name].kinds:
+            if kind_of(track[0]) not in metric_of(name).kinds:
                 continue
             rule = rules.of(name, track[0])
             if metric is not None or (not rule.ignore and rule.metric_class in GATED_CLASSES):
                 chosen[track] = (rule, rows)
         series += metric_series(sessions, places, chosen)
-    order = {name: i for i, name in enumerate(METRICS)}
+    order = {name: i for i, name in enumerate(names)}
     series.sort(key=lambda s: (s.case_id, s.case_hash, s.environment, order[s.metric]))
     return History(tuple(s.name for s in sessions), places, tuple(series))
 

@@ -21,7 +21,7 @@ from peftbench.compare.load import CaseRow, Round, Session, read_session
 from peftbench.data.assets import cache_dir
 from peftbench.metrics import METRICS
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 OF_SESSION = tuple(f.name for f in fields(Session) if f.name not in ("name", "cases"))
 OF_CASE = tuple(f.name for f in fields(CaseRow) if f.name != "rounds")
 SHARED = ("axes", "environment", "inputs", "null_reasons")  # mostly the same in many cases
@@ -77,7 +77,7 @@ def to_entry(session: Session) -> dict[str, Any]:
         facts = [index(getattr(row, n)) if n in SHARED else getattr(row, n) for n in OF_CASE]
         cases.append([facts, [
             [r.run_id, r.seed, r.disturbed, [r.values.get(n) for n in METRICS], r.broken,
-                         r.outcomes]
+             r.outcomes, {n: r.values[n] for n in row.task_metrics if n in r.values}]
             for r in row.rounds
         ]])  # fmt: skip
     return {
@@ -98,6 +98,6 @@ def from_entry(name: str, entry: dict[str, Any]) -> Session:
 
 
 def round_from(entry: list[Any]) -> Round:
-    run_id, seed, disturbed, values, broken, outcomes = entry
+    run_id, seed, disturbed, values, broken, outcomes, of_tasks = entry
     known = {n: v for n, v in zip(METRICS, values, strict=True) if v is not None}
-    return Round(run_id, seed, disturbed, known, broken, outcomes)
+    return Round(run_id, seed, disturbed, known | of_tasks, broken, outcomes)

@@ -7,7 +7,8 @@ one session put their rounds together, and the same round is taken once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from peftbench.record import STATUSES
 from peftbench.result_files import case_records, read_json, reading, session_part
 
 VERDICT_SCHEMA = "peftbench-verdicts"  # our own verdict files may lie beside the results
+TASK_METRIC = "task_accuracy"  # of TASK_METRICS the one that is compared
 Key = tuple[str, str]  # case id, case hash
 
 
@@ -30,7 +32,7 @@ class Round:
     disturbed: bool
     values: dict[str, float]
     broken: dict[str, str]
-    outcomes: str | None  # "1" for each held-out pair that came out right, "0" for the others
+    outcomes: dict[str, str]  # by accuracy: "1" for each item that came out right, else "0"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class CaseRow:
     inputs: dict[str, str]  # digests of data and weights
     null_reasons: dict[str, str]
     rounds: tuple[Round, ...]
+    task_digests: dict[str, str] = field(default_factory=dict)  # of the items, by metric
+
+    @cached_property
+    def task_metrics(self) -> frozenset[str]:
+        """Names of its single tasks' metrics, such as `task_accuracy:hellaswag`."""
+        return frozenset(n for r in self.rounds for n in (*r.values, *r.broken) if ":" in n)
 
     @cached_property
     def calm_rounds(self) -> tuple[Round, ...]:
@@ -128,25 +136,42 @@ def case_row(record: dict[str, Any]) -> CaseRow:
         },
         null_reasons={str(k): str(v) for k, v in (record.get("null_reasons") or {}).items()},
         rounds=tuple(round_of(r, record) for r in rounds) if status == "ok" else (),
+        task_digests={
+            task_metric(name): str(task["digest"])
+            for name, task in (record.get("tasks") or {}).items()
+        },
     )
+
+
+def task_metric(task: str) -> str:
+    """As rows, rules and histories name a single task's accuracy."""
+    return f"{TASK_METRIC}:{task}"
+
+
+def metric_names(rows: Iterable[CaseRow]) -> list[str]:
+    """METRICS and what single tasks of these rows have, in the order of a report."""
+    return [*METRICS, *sorted({name for row in rows for name in row.task_metrics})]
 
 
 def round_of(entry: dict[str, Any], record: dict[str, Any]) -> Round:
     values, broken = {}, {}
-    for name in METRICS:
-        value = entry.get(name)
+    tasks = {task_metric(name): task for name, task in (entry.get("tasks") or {}).items()}
+    numbers = {name: entry.get(name) for name in METRICS}
+    numbers |= {name: task.get(TASK_METRIC) for name, task in tasks.items()}
+    for name, value in numbers.items():
         if (type(value) is float or type(value) is int) and math.isfinite(value):
             values[name] = value
         elif value is not None:
             broken[name] = f"{value!r} is no finite number"[:80]
-    outcomes = (entry.get("items") or {}).get("preference_correct")
+    outcomes = {"preference_accuracy": (entry.get("items") or {}).get("preference_correct")}
+    outcomes |= {name: task.get("correct") for name, task in tasks.items()}
     return Round(
         run_id=str(entry.get("run_id") or record.get("run_id") or "?"),
         seed=int(entry.get("seed", 0)),
         disturbed=bool(entry.get("disturbances")),
         values=values,
         broken=broken,
-        outcomes=outcomes if isinstance(outcomes, str) else None,
+        outcomes={n: found for n, found in outcomes.items() if isinstance(found, str)},
     )
 
 
@@ -216,6 +241,7 @@ def merged_rows(first: CaseRow, second: CaseRow) -> CaseRow:
         rounds=first.rounds + more,
         environment=both(first.environment, second.environment),
         inputs=both(first.inputs, second.inputs),
+        task_digests=both(first.task_digests, second.task_digests),
     )
 
 

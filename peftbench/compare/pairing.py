@@ -60,10 +60,11 @@ def judge_case(
     if new is None:
         assert base is not None
         return whole_case(
-            base, rules.gated(base.case_id), "missing", "the new session does not have this case",
-            base.status, None,
+            base, rules.gated(base.case_id, base.task_metrics), "missing",
+            "the new session does not have this case", base.status, None,
         ), None  # fmt: skip
-    gated = rules.gated(new.case_id)
+    tasks = new.task_metrics if base is None else base.task_metrics | new.task_metrics
+    gated = rules.gated(new.case_id, tasks)
     if base is not None and base.case_hash != new.case_hash:
         reason = f"its settings changed: case {base.case_hash} is now {new.case_hash}"
         return whole_case(new, gated, "redefined", reason, base.status, new.status), None
@@ -166,6 +167,10 @@ def unusable(pair: Pair, rule: Rule, versions: tuple[int | None, int | None]) ->
         return plain_row(pair.new, rule, "new", f"not measured before: {why}", new=new)
     if None not in versions and versions[0] != versions[1]:
         reason = f"the metric's definition changed: version {versions[0]} is now {versions[1]}"
+        return plain_row(pair.new, rule, "redefined", reason, base, new)
+    digests = {row.task_digests[name] for row in (pair.base, pair.new) if name in row.task_digests}
+    if len(digests) > 1:
+        reason = "the task's items changed: another version of it, or other text under its name"
         return plain_row(pair.new, rule, "redefined", reason, base, new)
     logarithm = rule.metric_class in ("noisy", "seeded") and needs_logarithm(rule)
     if logarithm and any(r.values.get(name, 1.0) <= 0 for r in pair.base.rounds + pair.new.rounds):

@@ -15,13 +15,22 @@ from __future__ import annotations
 
 import fnmatch
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
 from peftbench.errors import UserError, unknown_name
-from peftbench.metrics import METRICS, Direction, MetricClass, kind_of, metrics_of
+from peftbench.metrics import (
+    METRICS,
+    TASK_METRICS,
+    Direction,
+    MetricClass,
+    kind_of,
+    metric_of,
+    metrics_of,
+)
 from peftbench.summary import MIB
 
 ACKNOWLEDGED_FILE = "peftbench-acknowledged.toml"
@@ -107,19 +116,21 @@ class Rules:
     def of(self, metric: str, case_id: str) -> Rule:
         rule = default_rule(metric)
         for name, pattern, keys in (*OF_SAMPLES, *self.overrides):
-            if name == metric and fnmatch.fnmatchcase(case_id, pattern):
+            if name in (metric, metric.partition(":")[0]) and fnmatch.fnmatchcase(case_id, pattern):
                 rule = replace(rule, **keys)
         return rule
 
-    def gated(self, case_id: str) -> list[Rule]:
-        """The rules of every metric of the case that is compared, in the order of METRICS."""
-        rules = (self.of(name, case_id) for name in metrics_of(kind_of(case_id)))
+    def gated(self, case_id: str, tasks: Iterable[str] = ()) -> list[Rule]:
+        """The rules of every metric of the case that is compared, in the order of METRICS, then
+        those of the metrics of its `tasks`."""
+        names = [*metrics_of(kind_of(case_id)), *sorted(tasks)]
+        rules = (self.of(name, case_id) for name in names)
         return [r for r in rules if not r.ignore and r.metric_class in GATED_CLASSES]
 
 
 @cache
 def default_rule(name: str) -> Rule:
-    metric = METRICS[name]
+    metric = metric_of(name)
     least = LEAST_BYTES.get(name.partition("_")[0], 0) if metric.unit == "bytes" else 0
     return Rule(
         name, metric.unit, metric.metric_class, metric.direction, metric.margin_ratio,
@@ -155,7 +166,7 @@ def read_rules(start: Path) -> Rules:
 def _overrides(file: str, metrics: Any) -> list[tuple[str, str, dict[str, Any]]]:
     found = []
     for name, given in metrics.items():
-        if name not in METRICS:
+        if name not in METRICS and name.partition(":")[0] not in TASK_METRICS:
             raise unknown_name(f"metric in [tool.peftbench.metrics] of {file}", name, METRICS)
         if not isinstance(given, dict):
             raise UserError(f"{file}: {name} is {given!r}; write {{ margin = 0.05 }}")
@@ -205,7 +216,8 @@ def read_acknowledged(file: Path) -> tuple[Acknowledged, ...]:
         for key in ("metric", "case", "commit", "reason"):
             if not isinstance(entry, dict) or not isinstance(entry.get(key), str) or not entry[key]:
                 raise UserError(f"{where}: {key} is missing; give metric, case, commit and reason")
-        if not fnmatch.filter([*METRICS, "status"], entry["metric"]):
+        family = entry["metric"].partition(":")[0]
+        if not fnmatch.filter([*METRICS, *TASK_METRICS, "status"], family):
             raise unknown_name(f"metric in {where}", entry["metric"], METRICS)
         if len(entry["commit"]) < 7 and "==" not in entry["commit"]:
             raise UserError(

@@ -235,14 +235,15 @@ def counted_lines(found: Comparison) -> list[str]:
     for verdict in VERDICTS[len(LISTED) :]:
         rows = [row for row in found.rows if row.verdict == verdict and row.metric != STATUS]
         absent = {r.metric for r in rows if r.base is None and r.new is None}
-        groups = {n: [r for r in rows if r.metric == n] for n in METRICS}
+        names = list(dict.fromkeys([*METRICS, *sorted(r.metric for r in rows)]))
+        groups = {n: [r for r in rows if r.metric == n] for n in names}
         texts = [metric_count(n, group) for n, group in groups.items() if group and n not in absent]
         label = f"{verdict.upper()} ({len(rows)}): {MEANING[verdict]}"
         if rows:
             lines += [label, *wrapped("; ".join(texts), "  ")]
         if absent:
-            names = ", ".join(n for n in METRICS if n in absent)
-            lines += wrapped(names, "  not measured on either side: ")
+            listed = ", ".join(n for n in names if n in absent)
+            lines += wrapped(listed, "  not measured on either side: ")
     return lines
 
 

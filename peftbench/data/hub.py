@@ -96,7 +96,7 @@ def _current_revision(data: HubData) -> str:
             f"no data set {data.id!r} on {api.endpoint} (asked {token}), and no local path of that"
             f" name; {_offline_choices()}"
         ) from error
-    except _network_errors() as error:
+    except network_errors() as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"cannot get data set {data.id!r}: {api.endpoint} is out of reach ({reason}), it was"
@@ -105,7 +105,7 @@ def _current_revision(data: HubData) -> str:
     return str(info.sha)
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
+def network_errors() -> tuple[type[Exception], ...]:
     """The HTTP client's error, whichever client this huggingface_hub has, and OSError."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -125,7 +125,7 @@ def download(data: HubData, folder: Path) -> None:
 
     try:
         splits = load_dataset(data.id, data.config, revision=data.revision, token=hub_token())
-    except (DatasetsError, ValueError, RuntimeError, *_network_errors()) as error:
+    except (DatasetsError, ValueError, RuntimeError, *network_errors()) as error:
         # Their messages name the configs to choose from, on several lines.
         raise UserError(
             f"datasets cannot load {data.id!r}: {' '.join(str(error).split())[:400]};"
