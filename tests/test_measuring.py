@@ -120,6 +120,16 @@ def trained_with(extra: Callable[[], object], monkeypatch) -> tuple[list[float],
     return found.step_s[1:], train.host_peak_rss_bytes - watch.start_rss_bytes
 
 
+@pytest.fixture
+def one_thread():
+    """No threads that wait for each other: on a busy machine that takes longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_what_happens_inside_a_step_is_in_its_time_and_memory(monkeypatch):
     took: list[float] = []
 
