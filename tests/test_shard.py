@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 
 import made_sessions as made
 import pytest
-from bench_run import bench, cases, own_compare, rows
+from bench_run import ROOT, bench, cases, own_compare, rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -156,3 +158,28 @@ def test_shards_of_the_command_line_are_checked_before_anything_runs(tmp_path):
         assert code == 4
         assert said in text
         assert "Traceback" not in text
+
+
+def test_a_slurm_task_runs_its_part_and_goes_on_where_it_was_preempted(tmp_path):
+    script = ROOT / "scripts" / "slurm_array.sh"
+    python = tmp_path / "python"  # says what it would run
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    task = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "3",
+            "PEFTBENCH_PYTHON": str(python)}  # fmt: skip
+
+    def run(**environment):
+        return subprocess.run(
+            [script, "night", "--preset", "smoke"], cwd=tmp_path, text=True, check=False,
+            capture_output=True, env=os.environ | environment,
+        )  # fmt: skip
+
+    said = run(**task).stdout.split()
+    assert said[:3] == ["-m", "pytest", "bench"]
+    assert said[3:5] == ["--shard", "2/3"]
+    assert "--benchmark-json=night/2.json" in said
+    assert said[-2:] == ["--preset", "smoke"]
+    assert "--resume" not in said
+    (tmp_path / "night" / "runs-2" / "20260101T000000Z-aaaaaa").mkdir(parents=True)
+    assert "--resume 20260101T000000Z-aaaaaa" in run(**task).stdout
+    assert run().returncode == 2
