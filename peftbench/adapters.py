@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftbench.errors import UserError, unknown_name
-from peftbench.targets import ia3_targets, lora_targets, norm_targets
+from peftbench.targets import bias_targets, ia3_targets, lora_targets, norm_targets
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftbench.case import Settings
+    from peftbench.quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class AdapterRow:
     """One way of fine-tuning."""
 
     about: str
-    family: str  # reference, additive, selective or reparametrised
+    family: str  # reference, additive, selective, reparametrised or hybrid
     config: Callable[[PreTrainedModel, Settings], PeftConfig | None]  # None: no adapter, all trains
-    quantizes_base: bool
+    quantization: Quantization | None  # of the base
     merges: bool  # its effect can be folded into the base's weights
     learning_rates: Mapping[str, float]  # by method; a model's row may have its own
 
@@ -65,6 +67,31 @@ def _lora(
 def _dora(model: PreTrainedModel, settings: Settings) -> PeftConfig:
     """LoRA of the weights' directions, and their lengths. Source: Liu et al. 2024, 2402.09353"""
     return _lora(model, settings, dora=True)
+
+
+def _lora_bias(model: PreTrainedModel, settings: Settings) -> PeftConfig:
+    """LoRA; the norms' own weights; and the biases of the layers with LoRA that have one.
+
+    A bias trains as a vector beside LoRA's B, at 0 first: PEFT's `bias="all"` would train the
+    base's own, which switching the adapter off does not undo.
+    Source: Hu et al. 2021, with the biases of Ben Zaken et al. 2021 (2106.10199) and the norms of
+    Chen et al. 2023 (LongLoRA, 2309.12307)
+    """
+    config: Any = _lora(model, settings)
+    config.lora_bias = any(model.get_submodule(n).bias is not None for n in config.target_modules)
+    config.modules_to_save = norm_targets(model)
+    return config
+
+
+def _bitfit(model: PreTrainedModel, settings: Settings) -> PeftConfig:
+    """Every bias that the model has, the norms' included; a model without any is refused.
+
+    In PEFT's LN tuning, which swaps whole layers of any kind; `biases.py` has what makes them cost
+    their biases alone. Source: Ben Zaken et al. 2021, https://arxiv.org/abs/2106.10199
+    """
+    from peft import LNTuningConfig
+
+    return LNTuningConfig(task_type="CAUSAL_LM", target_modules=bias_targets(model))
 
 
 def _rslora(model: PreTrainedModel, settings: Settings) -> PeftConfig:
@@ -114,52 +141,90 @@ def _prefix(model: PreTrainedModel, settings: Settings) -> PeftConfig:
     )
 
 
+def _prompt(model: PreTrainedModel, settings: Settings) -> PeftConfig:
+    """Learned embeddings before the first token, at those of random real tokens first.
+
+    Source: Lester et al. 2021, https://arxiv.org/abs/2104.08691, section 3.2 (sampled vocabulary)
+    """
+    from peft import PromptTuningConfig
+
+    return PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=settings.prefix_tokens,
+        prompt_tuning_init="SAMPLE_VOCAB",
+    )  # fmt: skip
+
+
 ADAPTERS: dict[str, AdapterRow] = {
     "full": AdapterRow(
         "every weight of the model trains; the reference", "reference", _full,
-        quantizes_base=False, merges=False,
+        quantization=None, merges=False,
         learning_rates={"sft": 5e-5, "dpo": 1e-5, "orpo": 2e-5, "ppo": 1e-5},
     ),
     "lora": AdapterRow(
         "low-rank updates of the linear layers", "reparametrised", _lora,
-        quantizes_base=False, merges=True,
+        quantization=None, merges=True,
         # reward: of PPO's reward model, which is a LoRA adapter whatever the policy's is
         learning_rates={"sft": 5e-4, "dpo": 1e-4, "orpo": 2e-4, "ppo": 1e-4, "reward": 1e-4},
     ),
     "qlora": AdapterRow(
         "lora over a base held in 4 bits (NF4, double quantisation)", "reparametrised", _lora,
-        quantizes_base=True, merges=True,
+        quantization="nf4", merges=True,
         learning_rates={"sft": 5e-4, "dpo": 1e-4, "orpo": 2e-4, "ppo": 1e-4},
     ),
     "ia3": AdapterRow(
         "learned scales of keys, values and feed-forward activations", "additive", _ia3,
-        quantizes_base=False, merges=True,
+        quantization=None, merges=True,
         learning_rates={"sft": 1e-2, "dpo": 5e-3, "orpo": 5e-3, "ppo": 5e-3},
     ),
     "prefix": AdapterRow(
         "learned keys and values before the first token", "additive", _prefix,
-        quantizes_base=False, merges=False,
+        quantization=None, merges=False,
         learning_rates={"sft": 1e-2, "dpo": 5e-3, "orpo": 5e-3, "ppo": 5e-3},
     ),
     "dora": AdapterRow(
         "lora of the weights' directions, their lengths beside it", "reparametrised", _dora,
-        quantizes_base=False, merges=True,
+        quantization=None, merges=True,
         learning_rates={"sft": 5e-4, "dpo": 1e-4, "orpo": 2e-4, "ppo": 1e-4},
     ),
     "rslora": AdapterRow(
         "lora scaled by alpha / sqrt(rank)", "reparametrised", _rslora,
-        quantizes_base=False, merges=True,
+        quantization=None, merges=True,
         learning_rates={"sft": 2e-4, "dpo": 5e-5, "orpo": 1e-4, "ppo": 5e-5},
     ),
     "vera": AdapterRow(
         "learned scales between random matrices that all layers share", "reparametrised", _vera,
-        quantizes_base=False, merges=True,
+        quantization=None, merges=True,
         learning_rates={"sft": 1e-2, "dpo": 2e-3, "orpo": 5e-3, "ppo": 2e-3},
     ),
     "ln": AdapterRow(
         "the norms' own weights", "selective", _ln,
-        quantizes_base=False, merges=True,
+        quantization=None, merges=True,
         learning_rates={"sft": 2e-3, "dpo": 5e-4, "orpo": 1e-3, "ppo": 5e-4},
+    ),
+    "pissa": AdapterRow(
+        "lora that starts at the weights' principal components", "reparametrised", _lora,
+        quantization=None, merges=True,
+        learning_rates={"sft": 2e-4, "dpo": 5e-5, "orpo": 1e-4, "ppo": 5e-5},
+    ),
+    "lora-8bit": AdapterRow(
+        "lora over a base held in 8 bits (LLM.int8)", "reparametrised", _lora,
+        quantization="int8", merges=True,
+        learning_rates={"sft": 5e-4, "dpo": 1e-4, "orpo": 2e-4, "ppo": 1e-4},
+    ),
+    "lora-bias": AdapterRow(
+        "lora, the biases and the norms' own weights", "hybrid", _lora_bias,
+        quantization=None, merges=True,
+        learning_rates={"sft": 5e-4, "dpo": 1e-4, "orpo": 2e-4, "ppo": 1e-4},
+    ),
+    "bitfit": AdapterRow(
+        "the biases", "selective", _bitfit,
+        quantization=None, merges=True,
+        learning_rates={"sft": 2e-3, "dpo": 5e-4, "orpo": 1e-3, "ppo": 5e-4},
+    ),
+    "prompt": AdapterRow(
+        "learned embeddings before the first token", "additive", _prompt,
+        quantization=None, merges=False,
+        learning_rates={"sft": 3e-2, "dpo": 1e-2, "orpo": 2e-2, "ppo": 1e-2},
     ),
 }  # fmt: skip
 
@@ -190,20 +255,38 @@ def attach(model: PreTrainedModel, adapter: str, settings: Settings) -> PreTrain
         attached = get_peft_model(model, config)
         if adapter == "prefix" and model.device.type != "meta":
             _start_prefix_from_activations(attached, settings)
+    if adapter == "pissa":
+        from peftbench.pissa import start_at_principal_components
+
+        start_at_principal_components(attached)
+    _make_ready(attached, only_biases=adapter == "bitfit")
     for parameter in attached.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    _keep_norms_in_their_dtype(attached)
     return attached
+
+
+def _make_ready(model: PeftModel, *, only_biases: bool) -> None:
+    """What PEFT's own layers lack for this package, on a model that was wrapped just now."""
+    from peftbench.biases import drop_biases_that_the_base_lacks, train_biases_alone
+    from peftbench.prompt import read_in_front
+
+    if only_biases:
+        train_biases_alone(model)
+    drop_biases_that_the_base_lacks(model)
+    _keep_norms_in_their_dtype(model)
+    if model.active_peft_config.peft_type == "PROMPT_TUNING":
+        read_in_front(model)
 
 
 def _keep_norms_in_their_dtype(model: PeftModel) -> None:
     """An RMSNorm whose trained weight is float32 would make float32 of a bfloat16 input, which the
     next layer refuses."""
     from peft.tuners.ln_tuning.layer import LNTuningLayer
+    from peft.utils import ModulesToSaveWrapper
 
     for module in model.modules():
-        if isinstance(module, LNTuningLayer):
+        if isinstance(module, LNTuningLayer | ModulesToSaveWrapper):
             module.register_forward_hook(_in_the_inputs_dtype)
 
 
@@ -242,9 +325,13 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     adapters of any types, which one `PeftModel` refuses, and nothing has to be switched: switching
     adapters between a forward pass and its backward leaves gradients out without an error.
     """
+    from peftbench.quantization import layers_8bit
+
     shared: list[object] = [*model.parameters(), *model.buffers()]
-    # a 4-bit layer holds its weight's scales a second time
+    # a quantised layer holds its weight's scales a second time
     shared += [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
+    for layer in layers_8bit(model).values():
+        shared += [layer.state.CB, layer.state.SCB]
     return copy.deepcopy(model, {id(item): item for item in shared})
 
 
@@ -276,7 +363,8 @@ def trainable_names(model: torch.nn.Module) -> frozenset[str]:
 
 
 def count_params(model: torch.nn.Module) -> tuple[int, int]:
-    """(all, trainable) parameters, the adapter's included; a 4-bit weight counts as one."""
+    """(all, trainable) parameters, the adapter's included; a 4-bit weight counts as one, and what
+    PiSSA keeps of its start counts too: it takes memory."""
     from peftbench.quantization import logical_size
 
     parameters = list(model.parameters())
@@ -290,9 +378,17 @@ def save_adapter(model: PreTrainedModel | PeftModel, folder: Path) -> int:
     """Write what was trained as safetensors and return those files' bytes; `full` writes all."""
     from peft import PeftModel
 
-    if isinstance(model, PeftModel):
-        # "auto" would ask the Hub for the base's vocabulary size
-        model.save_pretrained(folder, save_embedding_layers=False)
+    from peftbench import pissa
+
+    if isinstance(model, PeftModel) and pissa.is_pissa(model):
+        pissa.save_as_lora(model, folder)
+        written = "adapter_model*.safetensors"
+    elif isinstance(model, PeftModel):
+        with warnings.catch_warnings():
+            # PEFT takes the biases beside LoRA's B for torn shards, as they have one dimension
+            warnings.filterwarnings("ignore", message=r".*LoRA tensor\(s\) have invalid shape")
+            # "auto" would ask the Hub for the base's vocabulary size
+            model.save_pretrained(folder, save_embedding_layers=False)
         written = "adapter_model*.safetensors"
     else:
         model.save_pretrained(folder)
@@ -317,12 +413,18 @@ def load_adapter(
             folder, dtype=torch.float32, local_files_only=True
         )
         return loaded.to(base.device).requires_grad_(is_trainable).eval()
+    from peftbench import pissa
+
     config = PeftConfig.from_pretrained(folder)
     config.inference_mode = not is_trainable
+    state = load_file(folder / "adapter_model.safetensors")
     base.requires_grad_(False)
-    model = get_peft_model(base, config)
-    _keep_norms_in_their_dtype(model)
-    outcome = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    if pissa.was_saved(folder):
+        model, state = pissa.wrapped(base, config, state)
+    else:
+        model = get_peft_model(base, config)
+    _make_ready(model, only_biases=all(name.endswith(".bias") for name in state))
+    outcome = set_peft_model_state_dict(model, state)
     # PEFT copies a prefix's weights in by a way of its own and still calls their key unexpected
     if unknown := set(outcome.unexpected_keys) - {"prompt_embeddings"}:
         raise UserError(f"the adapter in {folder} does not fit this base: {min(unknown)}")
@@ -334,23 +436,27 @@ def load_adapter(
 def merged(model: PeftModel, adapter: str) -> PreTrainedModel:
     """A plain model with the adapter folded into a copy of the base; `model` is left as it was.
 
-    Over a 4-bit base the copy is dequantised first: folding into 4 bits rounds the adapter away.
+    Over a quantised base the copy is dequantised first: folding into 4 bits rounds the adapter
+    away.
     Raises: UserError for an adapter that cannot be folded in.
     """
     from transformers.pytorch_utils import Conv1D
 
-    from peftbench.quantization import dequantize_layer, layers_4bit, unmark_quantized
+    from peftbench.biases import make_plain_layers
+    from peftbench.quantization import dequantize_layer, quantized_layers, unmark_quantized
 
     if not find_adapter(adapter).merges:
         raise UserError(f"{adapter} does not merge: {ADAPTERS[adapter].about}")
-    if not find_adapter(adapter).quantizes_base:
-        plain = copy.deepcopy(model).merge_and_unload()
+    if not find_adapter(adapter).quantization:
+        tree = copy.deepcopy(model)
+        make_plain_layers(tree)
+        plain = tree.merge_and_unload()
         for parameter in plain.parameters():  # norms that were trained in float32
             parameter.data = parameter.data.to(model.dtype)
         return plain
     deltas = _lora_deltas(model)
     base: PreTrainedModel = copy.deepcopy(model).unload()
-    for name, layer in layers_4bit(base).items():
+    for name, layer in quantized_layers(base).items():
         full: Any = dequantize_layer(layer, base.dtype)
         if name in deltas:
             delta = deltas[name].T if isinstance(full, Conv1D) else deltas[name]

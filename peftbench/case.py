@@ -44,7 +44,7 @@ class Settings:
     )
     rank: int = 8
     alpha: int = 16
-    prefix_tokens: int = 16
+    prefix_tokens: int = 16  # also of prompt
     vera_rank: int = 256  # as in VeRA's paper: its two matrices are random and shared
     # on what
     data: str = "tinywiki"
@@ -433,10 +433,11 @@ PRESETS: dict[str, Preset] = {
     ),
     "quick-full": Preset(
         ("tiny-gpt2", "tiny-llama"),
-        ("full", "lora", "qlora", "ia3", "prefix", "dora", "rslora", "vera", "ln"),
+        ("full", "lora", "qlora", "ia3", "prefix", "dora", "rslora", "vera", "ln", "pissa",
+         "lora-8bit", "lora-bias", "bitfit", "prompt"),
         ("sft", "dpo", "orpo", "ppo", "sft+dpo", "sft+ppo"), _QUICK,
         ppo=_QUICK_PPO,
-        about="108 cases: every adapter, with PPO and both pipelines",
+        about="168 cases: every adapter, with PPO and both pipelines",
     ),
     "ppo-truth": Preset(
         ("tiny-gpt2", "tiny-llama"), ("lora",), ("ppo", "sft+ppo"), replace(_QUICK, pairs=1536),

@@ -21,6 +21,7 @@ from peftbench.data.tokens import make_encoder
 from peftbench.errors import UserError
 from peftbench.out_of_memory import is_out_of_memory
 from peftbench.progress import say
+from peftbench.quantization import BITS
 from peftbench.result_files import read_json, reading
 from peftbench.rollout import virtual_tokens
 
@@ -254,7 +255,7 @@ def chat(
     def load(name: str, weights: str) -> Any:
         return models.load_model(
             name, weights=weights, dtype=getattr(torch, settings.dtype), device=device,
-            quantize=row is not None and row.quantizes_base, seed=settings.seed,
+            quantize=None if row is None else row.quantization, seed=settings.seed,
         )  # fmt: skip
 
     tokenizer = models.load_tokenizer(model, settings.weights)
@@ -319,8 +320,9 @@ def answering_model(
             name = "this adapter" if trained.case is None else trained.case.adapter
             raise UserError(f"--merge: {name} does not merge, or is not known to; leave it out")
         return adapted, ""
-    if merge is False or (merge is None and row.quantizes_base):
-        return adapted, ", not merged" + (" (over 4 bits)" if row.quantizes_base else "")
+    if merge is False or (merge is None and row.quantization):
+        over = f" (over {BITS[row.quantization]} bits)" if row.quantization else ""
+        return adapted, ", not merged" + over
     merged = adapters.merged(adapted, trained.case.adapter)
     difference = largest_difference(adapted, merged)
     if difference > AGREEMENT_RATIO[settings.dtype]:

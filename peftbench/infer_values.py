@@ -92,7 +92,7 @@ def median_interval(
 def merges(case: Case) -> bool:
     """Whether the case has a merged model."""
     row = ADAPTERS[case.adapter]
-    return row.merges and (case.settings.infer_merge_4bit or not row.quantizes_base)
+    return row.merges and (case.settings.infer_merge_4bit or not row.quantization)
 
 
 def variants_of(case: Case) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from peftbench.errors import InvalidInferenceError
 from peftbench.infer_values import Cycle, Turn
 from peftbench.measuring.phases import Phases
 from peftbench.metrics import VARIANTS
-from peftbench.quantization import layers_4bit, quantization_of
+from peftbench.quantization import quantization_of, quantized_layers
 from peftbench.record import FORMAT, measured
 from peftbench.rollout import virtual_tokens
 
@@ -67,7 +67,7 @@ def run_infer_round(case: Case, parent: pipeline.Parent) -> dict[str, Any]:
     prompt = prompt_ids(base, settings)
     trees = {"base": base}
     weight_bytes = {"base": models.parameter_bytes(base)}
-    quantized, quantization = len(layers_4bit(base)), quantization_of(base)
+    quantized, quantization = len(quantized_layers(base)), quantization_of(base)
 
     phases.enter("base")
     cache_bytes = {"base": answer(base, prompt, settings.infer_new_tokens).cache_bytes}
@@ -170,9 +170,9 @@ def load_base(case: Case, device: torch.device) -> Any:
     What is read from a file may lie on mapped pages, and a merged copy does not: on such pages a
     product can take another time, which is the file's and not the adapter's.
     """
-    base = pipeline.load(case, device, quantize=adapters.ADAPTERS[case.adapter].quantizes_base)
+    base = pipeline.load(case, device, quantize=adapters.ADAPTERS[case.adapter].quantization)
     base.requires_grad_(False)
-    if not layers_4bit(base):
+    if not quantized_layers(base):
         for parameter in base.parameters():
             parameter.data = parameter.data.clone()
     give_back_memory()

@@ -144,7 +144,7 @@ METRICS: dict[str, Metric] = {
     "base_bytes": Metric("bytes", "lower", "exact", 0.0, "Bytes of the base model's weights as held in memory, quantisation state included.", kinds=_BOTH),
     "reference_bytes": Metric("bytes", "lower", "exact", 0.0, "PPO: bytes of weights that the reference holds beside the policy's base: none, an SFT adapter's copy, or for `full` a whole frozen model."),
     "reward_model_bytes": Metric("bytes", "lower", "exact", 0.0, "PPO: bytes of the reward model's adapter and head; its base is the policy's (for `full` the reference's)."),
-    "quantized_modules": Metric("modules", "none", "exact", 0.0, "Linear layers whose weight is held in 4 bits.", kinds=_BOTH),
+    "quantized_modules": Metric("modules", "none", "exact", 0.0, "Linear layers whose weight is held in 4 or 8 bits.", kinds=_BOTH),
     "moved_ratio": Metric("ratio", "none", "info", 0.0, "Share of trained entries that differ from before training; for `full` without the embedding rows the data never touched."),
     "start_max_logit_difference": Metric("logits", "lower", "info", 0.0, "Largest absolute difference between adapted and base logits on a batch before training: 0 for an adapter that starts as the identity."),
     "merge_max_logit_difference": Metric("logits", "lower", "info", 0.0, "Largest absolute difference between the merged and the adapted model's logits on a held-out batch after training: what the base's dtype rounds away; over 4 bits the base is dequantised first."),

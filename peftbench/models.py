@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from peftbench.quantization import Quantization
+
 
 @dataclass(frozen=True)
 class ModelRow:
@@ -54,6 +56,11 @@ _TINY_LEARNING_RATES = {
     "rslora": {"sft": 3e-3, "dpo": 1e-3, "orpo": 2e-3, "ppo": 5e-4},
     "vera": {"sft": 0.05, "dpo": 0.03, "orpo": 0.05, "ppo": 0.01},
     "ln": {"sft": 0.02, "dpo": 0.02, "orpo": 0.02, "ppo": 5e-3},
+    "pissa": {"sft": 2e-3, "dpo": 1e-3, "orpo": 2e-3, "ppo": 5e-4},
+    "lora-8bit": {"sft": 5e-3, "dpo": 3e-3, "orpo": 4e-3, "ppo": 1e-3},
+    "lora-bias": {"sft": 5e-3, "dpo": 3e-3, "orpo": 4e-3, "ppo": 1e-3},
+    "bitfit": {"sft": 0.02, "dpo": 0.02, "orpo": 0.02, "ppo": 5e-3},
+    "prompt": {"sft": 0.1, "dpo": 0.1, "orpo": 0.1, "ppo": 0.03},
 }
 
 MODELS: dict[str, ModelRow] = {
@@ -100,6 +107,13 @@ MODELS: dict[str, ModelRow] = {
 }  # fmt: skip
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# architectures whose only biases are those that a config asks for; all norms are RMSNorms
+_BIAS_FLAGS = {
+    "llama": ("attention_bias", "mlp_bias"), "mistral": (), "gemma": ("attention_bias",),
+    "gemma2": ("attention_bias",), "gemma3_text": ("attention_bias",), "phi3": (),
+    "olmo2": ("attention_bias",), "qwen3": ("attention_bias",), "granite": ("attention_bias",
+    "mlp_bias"), "smollm3": ("attention_bias", "mlp_bias"),
+}  # fmt: skip
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 
 
@@ -220,11 +234,12 @@ def load_tokenizer(model: str, weights: str) -> PreTrainedTokenizerBase | None:
 
 
 def load_model(
-    model: str, *, weights: str, dtype: torch.dtype, device: torch.device, quantize: bool, seed: int
-) -> PreTrainedModel:
+    model: str, *, weights: str, dtype: torch.dtype, device: torch.device,
+    quantize: Quantization | None, seed: int,
+) -> PreTrainedModel:  # fmt: skip
     """The base model on the device, in eval mode, nothing frozen, without a cache for training.
 
-    `quantize` holds its linear layers in 4 bits. `seed` makes random weights.
+    `quantize` says in what its linear layers are held. `seed` makes random weights.
     """
     from safetensors import SafetensorError
 
@@ -279,7 +294,7 @@ def weights_hash(model: str, weights: str, seed: int) -> str:
 
 
 def parameter_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the model's parameters as stored; 4-bit ones with their scales."""
+    """Bytes of the model's parameters as stored; quantised ones with their scales."""
     from peftbench.quantization import storage_bytes
 
     return sum(storage_bytes(parameter) for parameter in model.parameters())
@@ -320,6 +335,13 @@ def _config_values(row: ModelRow) -> Mapping[str, Any]:
     if row.kind == "hub":
         return hub.read_config(row.location, row.revision)
     return read_config(_local_folder(row))
+
+
+def has_biases(model: str) -> bool:
+    """Whether any layer has a bias, told by the config: False only where that is certain."""
+    values = _config_values(find_model(model))
+    flags = _BIAS_FLAGS.get(values.get("model_type", ""))
+    return flags is None or any(values.get(flag, False) for flag in flags)
 
 
 def _check_not_quantized(model: str, row: ModelRow) -> None:

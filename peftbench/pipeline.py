@@ -37,7 +37,7 @@ from peftbench.measuring.phases import Phases
 from peftbench.measuring.sentinels import time_sentinels
 from peftbench.methods import METHODS, samples_completions, stages, uses_ppo
 from peftbench.out_of_memory import is_out_of_memory
-from peftbench.quantization import layers_4bit, quantization_of
+from peftbench.quantization import Quantization, quantization_of, quantized_layers
 from peftbench.record import FORMAT, measured
 from peftbench.training import Gate as StageGate
 from peftbench.training import Keeper, SilentGate, Training
@@ -105,8 +105,8 @@ def run_round(
     phases.imported()
 
     phases.enter("load")
-    model = load(case, device, quantize=adapters.ADAPTERS[case.adapter].quantizes_base)
-    base_bytes, quantized = models.parameter_bytes(model), len(layers_4bit(model))
+    model = load(case, device, quantize=adapters.ADAPTERS[case.adapter].quantization)
+    base_bytes, quantized = models.parameter_bytes(model), len(quantized_layers(model))
     quantization = quantization_of(model)
 
     phases.enter("attach")
@@ -146,7 +146,7 @@ def run_round(
         quality = replace(quality, tasks=task_scores(model, case, tokenizer))
 
     phases.enter("compare")
-    fresh_base = load(case, device, quantize=False) if case.adapter == "full" else None
+    fresh_base = load(case, device, quantize=None) if case.adapter == "full" else None
     kl = None if quality is None else kl_of(model, fresh_base, quality, task, case)
     if fresh_base is not None:
         at_start = adapters.snapshot(fresh_base)
@@ -237,7 +237,7 @@ def run_round(
     }
 
 
-def score_base(case: Case, quantize: bool, parent: Parent) -> dict[str, Any]:
+def score_base(case: Case, quantize: Quantization | None, parent: Parent) -> dict[str, Any]:
     """What the model scores before any training; done once per session and model.
 
     `quality` as plain values, and `phases` with the seconds of each.
@@ -319,7 +319,7 @@ def import_libraries(settings: Settings) -> None:
         importlib.import_module(name)
 
 
-def load(case: Case, device: torch.device, *, quantize: bool) -> Any:
+def load(case: Case, device: torch.device, *, quantize: Quantization | None) -> Any:
     """The base model of a case, without dropout: frozen weights in `dtype`, trained in float32."""
     settings = case.settings
     dtype = getattr(torch, case.weights_dtype)

@@ -10,7 +10,7 @@ from peftbench.data import assets
 from peftbench.data.loading import check_data, check_lengths
 from peftbench.errors import UserError
 from peftbench.harness import check_tasks
-from peftbench.models import check_model, find_model, model_context
+from peftbench.models import check_model, find_model, has_biases, model_context
 from peftbench.provenance import torch_cuda_version
 from peftbench.trl_engine import check_trl
 
@@ -33,8 +33,8 @@ def preflight(models: Sequence[str], adapters: set[str], settings: Settings) -> 
     check_tasks(settings)
     for model in models:
         context = model_context(model, settings.weights)
-        if context is not None and "prefix" in adapters:
-            context -= settings.prefix_tokens  # learned positions count the prefix too
+        if context is not None and adapters & {"prefix", "prompt"}:
+            context -= settings.prefix_tokens  # learned positions count these tokens too
         check_lengths(settings, context)
 
 
@@ -43,7 +43,7 @@ def preflight_inference(cases: Sequence[Case]) -> None:
     for case in cases:
         settings = case.settings
         context = model_context(case.model, settings.weights)
-        prefix = settings.prefix_tokens if case.adapter == "prefix" else 0
+        prefix = settings.prefix_tokens if case.adapter in ("prefix", "prompt") else 0
         wanted = prefix + settings.infer_prompt_tokens + settings.infer_new_tokens
         if context is not None and wanted > context:
             raise UserError(
@@ -58,6 +58,8 @@ def impossible(case: Case) -> str | None:
     settings = case.settings
     if case.adapter == "prefix" and settings.gradient_checkpointing:
         return "prefix tuning feeds its prefix as a cache, which gradient checkpointing turns off"
+    if case.adapter == "bitfit" and not has_biases(case.model):
+        return f"{case.model} has no biases, and bitfit trains nothing else; use ln or lora-bias"
     if settings.optimizer == "paged-adamw-8bit" and (
         settings.device == "cpu" or torch_cuda_version() is None
     ):

@@ -172,10 +172,14 @@ def folded(layer: Any) -> torch.nn.Module:
     plain: torch.nn.Module = layer.base_layer
     if not layer.disable_adapters:
         weight: torch.Tensor = layer.base_layer.weight.detach().clone()
+        changed = {"weight": torch.nn.Parameter(weight, False)}
         for adapter in layer.active_adapters:
             weight += layer.get_delta_weight(adapter).detach()
+            if layer.lora_bias[adapter]:  # only where the base has one
+                bias = plain.bias + layer.scaling[adapter] * layer.lora_B[adapter].bias
+                changed["bias"] = torch.nn.Parameter(bias.detach(), False)
         plain = copy.copy(plain)
-        plain._parameters = {**plain._parameters, "weight": torch.nn.Parameter(weight, False)}
+        plain._parameters = {**plain._parameters, **changed}
     return plain
 
 

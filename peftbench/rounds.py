@@ -122,12 +122,14 @@ class CaseRounds:
         """What the child is told, bases scored before."""
         if self._kind == "infer":
             return {"kind": "infer", "case": case.to_dict()}
-        session, quantizes = self._session, ADAPTERS[case.adapter].quantizes_base
+        session, quantization = self._session, ADAPTERS[case.adapter].quantization
+        base = session.base_quality(self._case, quantize=quantization)
+        full = session.base_quality(self._case, quantize=None) if quantization else None
         return {
             "kind": "case",
             "case": case.to_dict(),
-            "base": session.base_quality(self._case, quantize=quantizes),
-            "unquantized": session.base_quality(self._case, quantize=False) if quantizes else None,
+            "base": base,
+            "unquantized": full,
             "peak_flops_per_s": session.peak_flops_per_s(self._case),
         }
 

@@ -22,6 +22,7 @@ from peftbench.methods import samples_completions
 from peftbench.metrics import kind_of
 from peftbench.privacy import without_paths
 from peftbench.progress import Progress
+from peftbench.quantization import BITS, Quantization
 from peftbench.record import FORMAT, dumps
 from peftbench.resume import ReplayClock, earlier_rounds
 from peftbench.summary import infer_words
@@ -116,7 +117,7 @@ class Session:
             )
         return record
 
-    def base_quality(self, case: Case, *, quantize: bool) -> dict[str, Any] | None:
+    def base_quality(self, case: Case, *, quantize: Quantization | None) -> dict[str, Any] | None:
         """What the untrained model scores; one child per session and base, then remembered.
 
         None where quality is not measured.
@@ -134,7 +135,9 @@ class Session:
                                                  "tasks", "task_items")}
         )  # fmt: skip
         if key not in self._bases:
-            self.progress.phase("score the 4-bit base" if quantize else "score the base")
+            self.progress.phase(
+                f"score the {BITS[quantize]}-bit base" if quantize else "score the base"
+            )
             job = {"kind": "base", "case": case.to_dict(), "quantize": quantize}
             try:
                 with self.child(job, f"base-{len(self._bases)}") as child:
@@ -142,7 +145,7 @@ class Session:
                 self._bases[key] = scored["quality"]
                 self.base_phases.append(
                     {"model": case.public().model, "dtype": case.weights_dtype,
-                     "quantized": quantize, "phases": scored["phases"]}
+                     "quantized": quantize is not None, "phases": scored["phases"]}
                 )  # fmt: skip
             except RoundStoppedError as stop:  # remembered: the next case would fail the same way
                 self._bases[key] = replace(stop.outcome, phase=f"base: {stop.outcome.phase}")

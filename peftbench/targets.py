@@ -89,6 +89,18 @@ def norm_targets(model: PreTrainedModel) -> list[str]:
     )  # fmt: skip
 
 
+def bias_targets(model: PreTrainedModel) -> list[str]:
+    """Every layer with a bias of its own: linear layers and LayerNorms."""
+    return _found(
+        [
+            name
+            for name, module in model.named_modules()
+            if any(n == "bias" for n, _ in module.named_parameters(recurse=False))
+        ],
+        model, "biases; use ln or lora-bias",
+    )  # fmt: skip
+
+
 def _leaf(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 

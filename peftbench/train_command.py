@@ -141,7 +141,7 @@ def train_case(
     data = case.public().settings.data
     say(f"{case.id} on {pipeline.device_name(device)}, {settings.dtype}, data {data}")
     row = adapters.find_adapter(case.adapter)
-    model = pipeline.load(case, device, quantize=row.quantizes_base)
+    model = pipeline.load(case, device, quantize=row.quantization)
     tokenizer = models.load_tokenizer(case.model, settings.weights)
     task = load_task(settings, tokenizer, model.config.vocab_size)
     base = base_quality(folder, model, case, task, tokenizer)
@@ -395,6 +395,6 @@ def memory_advice(case: Case) -> str:
         )
     if not settings.gradient_checkpointing and case.adapter != "prefix":
         options.append("--gradient-checkpointing")
-    if case.adapter in ("full", "lora"):
+    if case.adapter in ("full", "lora", "lora-8bit"):
         options.append("--adapter qlora")
     return "; or ".join(options) or "take a smaller model"

@@ -1,4 +1,4 @@
-"""A base model's weights, from files or random, in full precision or in 4 bits."""
+"""A base model's weights, from files or random, in full precision or quantised."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import nn
 
 from peftbench.errors import UserError
 from peftbench.quantization import (
+    Quantization,
     mark_quantized,
     names_to_quantize,
-    nf4_config,
     pick_compute_dtype,
-    prepare_4bit,
+    prepare_quantized,
+    quantization_config,
     quantize_layer,
 )
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 def load_pretrained(
     source: str, config: PreTrainedConfig, arguments: dict[str, Any], gguf: str | None, *,
-    dtype: torch.dtype, device: torch.device, quantize: bool,
+    dtype: torch.dtype, device: torch.device, quantize: Quantization | None,
 ) -> PreTrainedModel:  # fmt: skip
     """The model of a folder or a Hub id. transformers quantises while it reads, layer by layer."""
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -40,31 +41,32 @@ def load_pretrained(
             model.hf_quantizer.remove_quantization_config(model)
         # A GGUF file cannot be quantised while it is read: its full weights stay on the host.
         full: PreTrainedModel = model.to(device) if not quantize else model
-        return quantize_in_place(full, device, dtype) if quantize else full
+        return quantize_in_place(full, quantize, device, dtype) if quantize else full
     if device.type == "cuda":
         # accelerate refuses to train a 4-bit model whose device is "cuda" and not "cuda:0"
         device = torch.device("cuda", device.index or 0)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if quantize:
-        names_to_quantize(_skeleton(config, dtype))  # raises for sizes that NF4 cannot hold
-        options["quantization_config"] = nf4_config(pick_compute_dtype(dtype, device))
+        names_to_quantize(_skeleton(config, dtype), quantize)  # raises for sizes it cannot hold
+        compute_dtype = pick_compute_dtype(dtype, device)
+        options["quantization_config"] = quantization_config(quantize, compute_dtype)
     model, info = AutoModelForCausalLM.from_pretrained(
         source, config=config, **arguments, **options, use_safetensors=True,
         output_loading_info=True,
     )  # fmt: skip
     _check_complete(source, info)
     if quantize:
-        prepare_4bit(model)
+        prepare_quantized(model, quantize)
     return model
 
 
 def build_random(
     config: PreTrainedConfig, *,
-    dtype: torch.dtype, device: torch.device, quantize: bool, seed: int,
+    dtype: torch.dtype, device: torch.device, quantize: Quantization | None, seed: int,
 ) -> PreTrainedModel:  # fmt: skip
     """The model with random weights, made on the device one block at a time.
 
-    With `quantize` each block goes to 4 bits as soon as it exists, so the full-precision model is
+    With `quantize` each block is quantised as soon as it exists, so the full-precision model is
     never there at once, and its weights are the quantised ones of the same seed's full model. On
     the meta device the model has shapes only.
     """
@@ -72,7 +74,7 @@ def build_random(
     model = _skeleton(config, dtype)
     if device.type == "meta":
         return model
-    wanted = names_to_quantize(model) if quantize else frozenset()
+    wanted = names_to_quantize(model, quantize) if quantize else frozenset()
     compute_dtype = pick_compute_dtype(dtype, device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
@@ -83,26 +85,26 @@ def build_random(
             for _, part in reversed(parts):
                 model._init_weights(part)
             for name, part in parts:
-                if name in wanted:
-                    model.set_submodule(name, quantize_layer(part, compute_dtype))
+                if quantize and name in wanted:
+                    model.set_submodule(name, quantize_layer(part, quantize, compute_dtype))
     model.tie_weights()
     if quantize:
-        mark_quantized(model, compute_dtype)
-        prepare_4bit(model)
+        mark_quantized(model, quantize, compute_dtype)
+        prepare_quantized(model, quantize)
     return model
 
 
 def quantize_in_place(
-    model: PreTrainedModel, device: torch.device, dtype: torch.dtype
+    model: PreTrainedModel, kind: Quantization, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """Move a full-precision model to the device with its linear layers in 4 bits, one at a time."""
+    """Move a full-precision model to the device, its linear layers quantised one at a time."""
     compute_dtype = pick_compute_dtype(dtype, device)
-    for name in sorted(names_to_quantize(model)):
+    for name in sorted(names_to_quantize(model, kind)):
         layer = model.get_submodule(name).to(device)
-        model.set_submodule(name, quantize_layer(layer, compute_dtype))
+        model.set_submodule(name, quantize_layer(layer, kind, compute_dtype))
     model.to(device)
-    mark_quantized(model, compute_dtype)
-    prepare_4bit(model)
+    mark_quantized(model, kind, compute_dtype)
+    prepare_quantized(model, kind)
     return model
 
 

@@ -58,7 +58,7 @@ def train_without_end(threads: int) -> None:
     case = models.resolved(Case("tiny-gpt2", "lora", "sft", settings))
     device = pipeline.prepare_process(case.settings)
     pipeline.import_libraries(case.settings)
-    model = adapters.attach(pipeline.load(case, device, quantize=False), "lora", case.settings)
+    model = adapters.attach(pipeline.load(case, device, quantize=None), "lora", case.settings)
     tokenizer = models.load_tokenizer(case.model, case.settings.weights)
     task = load_task(case.settings, tokenizer, model.config.vocab_size)
     windows = training.build_windows(task, case.settings, "chosen", device)[:1]  # equal steps

@@ -28,7 +28,7 @@ from peftbench.case import Settings
 from peftbench.errors import UserError
 from peftbench.methods import METHODS, stages
 from peftbench.models import disable_dropout, load_model
-from peftbench.quantization import layers_4bit
+from peftbench.quantization import layers_4bit, layers_8bit, quantized_layers
 from peftbench.targets import ia3_targets, linear_shapes, lora_targets
 
 SETTINGS = Settings(rank=4, alpha=12, prefix_tokens=5, seed=3)
@@ -66,6 +66,7 @@ def make_config(name: str) -> Any:
 
 
 ARCHITECTURES = ["gpt2", "llama"]
+NO_BIASES = ["llama", "olmo2", "phi3"]
 UNLISTED = ["qwen2", "gpt_neox", "opt", "olmo2", "phi3"]
 
 
@@ -89,13 +90,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(params=ARCHITECTURES)
 def folder(request: pytest.FixtureRequest, folders: dict[str, str]) -> str:
+    if request.node.callspec.params.get("adapter") == "bitfit" and request.param in NO_BIASES:
+        pytest.skip(f"{request.param} has no biases, and bitfit trains nothing else")
     return folders[request.param]
 
 
 def load(folder: str, adapter: str, dtype: torch.dtype = torch.float32) -> Any:
     model = load_model(
         folder, weights="pretrained", dtype=dtype, device=torch.device("cpu"),
-        quantize=ADAPTERS[adapter].quantizes_base, seed=0,
+        quantize=ADAPTERS[adapter].quantization, seed=0,
     )  # fmt: skip
     disable_dropout(model)
     return model
@@ -118,7 +121,8 @@ def train(model: Any, steps: int, learning_rate: float = 1e-2) -> None:
         optimizer.step()
 
 
-OF_ADAPTERS = ("lora_", "ia3_", "prompt_encoder", "vera_lambda", "ln_tuning_layers")
+OF_ADAPTERS = ("lora_", "ia3_", "prompt_encoder", "vera_lambda", "ln_tuning_layers",
+               "modules_to_save", ".start.")  # fmt: skip
 
 
 def base_state(model: Any, adapter: str) -> dict[str, torch.Tensor]:
@@ -128,12 +132,14 @@ def base_state(model: Any, adapter: str) -> dict[str, torch.Tensor]:
     for name, parameter in base.named_parameters():
         if any(mark in name for mark in OF_ADAPTERS):
             continue
-        name = name.replace(".base_layer", "")
+        name = name.replace(".base_layer", "").replace(".original_module", "")
         state[name] = parameter.detach().clone()
         quant_state = getattr(parameter, "quant_state", None)
         if quant_state is not None:
             state[name + ".absmax"] = quant_state.absmax.clone()
             state[name + ".state2"] = quant_state.state2.absmax.clone()
+        if getattr(parameter, "SCB", None) is not None:
+            state[name + ".SCB"] = parameter.SCB.clone()
     return state
 
 
@@ -142,14 +148,14 @@ def base_state(model: Any, adapter: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("adapter", PEFT_ADAPTERS)
-def test_start_is_the_base_exactly_except_for_a_prefix(
+def test_start_is_the_base_exactly_except_for_a_prefix_or_prompt(
     folder: str, adapter: str, dtype: torch.dtype
 ) -> None:
     model = load(folder, adapter, dtype)
     expected = logits(model)
     attached = attach(model, adapter, SETTINGS)
     difference = (logits(attached) - expected).abs().max().item()
-    if adapter == "prefix":
+    if adapter in ("prefix", "prompt"):
         assert difference > 1e-3
     elif adapter == "dora":  # divides by the weights' lengths and multiplies by them again
         assert difference < (1e-5 if dtype == torch.float32 else 0.1)
@@ -196,15 +202,19 @@ def test_same_seed_gives_the_same_start_and_leaves_torchs_random_state_alone(
     first, again, other = starts
     assert all(torch.equal(first[name], again[name]) for name in first)
     differs = any(not torch.equal(first[name], other[name]) for name in first)
-    assert differs is (adapter in ("lora", "qlora", "prefix", "dora", "rslora"))
+    drawn = ("lora", "qlora", "prefix", "dora", "rslora", "lora-8bit", "lora-bias", "prompt")
+    assert differs is (adapter in drawn)
 
 
-def test_lora_and_qlora_have_the_same_start_and_targets(folder: str) -> None:
-    lora, qlora = (
-        snapshot(attach(load(folder, name), name, SETTINGS)) for name in ("lora", "qlora")
+@pytest.mark.parametrize("quantized", ["qlora", "lora-8bit"])
+def test_lora_has_the_same_start_and_targets_over_a_quantised_base(
+    folder: str, quantized: str
+) -> None:
+    lora, other = (
+        snapshot(attach(load(folder, name), name, SETTINGS)) for name in ("lora", quantized)
     )
-    assert lora.keys() == qlora.keys()
-    assert all(torch.equal(lora[name], qlora[name]) for name in lora)
+    assert lora.keys() == other.keys()
+    assert all(torch.equal(lora[name], other[name]) for name in lora)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -221,11 +231,12 @@ def test_only_the_adapter_trains_and_its_weights_are_float32(
         assert trainable == names
     else:
         marks = {
-            "prefix": "prompt_encoder", "ia3": "ia3_l", "vera": "vera_lambda",
-            "ln": "ln_tuning_layers",
-        }.get(adapter, "lora_")  # fmt: skip
-        assert all(marks in name for name in trainable)
-        assert all(name in trainable for name, _ in model.named_parameters() if marks in name)
+            "prefix": ["prompt_encoder"], "prompt": ["prompt_encoder"], "ia3": ["ia3_l"],
+            "vera": ["vera_lambda"], "ln": ["ln_tuning_layers"], "bitfit": ["ln_tuning_layers"],
+            "lora-bias": ["lora_", "modules_to_save"],
+        }.get(adapter, ["lora_"])  # fmt: skip
+        marked = {n for n, _ in model.named_parameters() if any(mark in n for mark in marks)}
+        assert trainable == marked
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
@@ -316,8 +327,9 @@ def test_save_and_load_give_equal_logits(
     train(model, steps=2)
     size = save_adapter(model, tmp_path)
     assert size == sum(f.stat().st_size for f in tmp_path.iterdir() if f.suffix == ".safetensors")
-    # float32 entries and a header
-    assert 4 * count_params(model)[1] < size < 4 * count_params(model)[1] + 20_000
+    # float32 entries and a header; PiSSA's as a LoRA of twice the rank
+    entries = 4 * count_params(model)[1] * (2 if adapter == "pissa" else 1)
+    assert entries < size < entries + 20_000
     again = load_adapter(load(folder, adapter), tmp_path, is_trainable=is_trainable)
     assert torch.equal(logits(again), logits(model))
     assert trainable_names(again) == (trainable if is_trainable else frozenset())
@@ -325,6 +337,21 @@ def test_save_and_load_give_equal_logits(
         before = snapshot(again)
         train(again, steps=2)
         assert moved_ratio(before, again) > 0.9
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # bitfit's weights are the base's
+@pytest.mark.parametrize("adapter", PEFT_ADAPTERS)
+def test_plain_peft_loads_what_was_saved(folder: str, adapter: str, tmp_path: Path) -> None:
+    """On the base as it is; PEFT also gives logits of a prompt's own positions."""
+    from peft import PeftModel
+
+    model = attach(load(folder, adapter), adapter, SETTINGS)
+    start = logits(model)
+    train(model, steps=2)
+    save_adapter(model, tmp_path)
+    plain = PeftModel.from_pretrained(load(folder, adapter), tmp_path)
+    found, expected = logits(plain)[:, -IDS.shape[1] :], logits(model)
+    assert (found - expected).abs().max() < 1e-4 < (expected - start).abs().max()
 
 
 @pytest.mark.parametrize("adapter", MERGING)
@@ -339,7 +366,7 @@ def test_merging_reproduces_the_logits_in_a_plain_model_that_can_be_reloaded(
     assert (tuned - base).abs().max() > 0.1  # so that the tolerance below means something
     assert (logits(plain) - tuned).abs().max() < 1e-4
     assert torch.equal(logits(model), tuned)
-    assert not layers_4bit(plain)
+    assert not quantized_layers(plain)
     plain.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not hasattr(again.config, "quantization_config")
@@ -403,6 +430,10 @@ def test_a_shared_copy_is_the_base_and_costs_no_weights(folder: str, adapter: st
     for layer, other in zip(layers_4bit(base).values(), layers_4bit(twin).values(), strict=True):
         assert layer.weight.quant_state is other.weight.quant_state
         assert layer.quant_state is other.quant_state
+    for layer, other in zip(layers_8bit(base).values(), layers_8bit(twin).values(), strict=True):
+        assert layer.state is not other.state
+        assert layer.state.CB.data_ptr() == other.state.CB.data_ptr() == other.weight.data_ptr()
+        assert layer.state.SCB is other.state.SCB
     if adapter == "full":
         return_value = logits(twin)
         assert torch.equal(return_value, expected)
@@ -506,8 +537,10 @@ def test_unknown_adapter_lists_the_nearest() -> None:
 # --- architectures without a table entry ---
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("architecture", UNLISTED)
+@pytest.mark.parametrize(
+    ("architecture", "adapter"),
+    [(m, a) for m in UNLISTED for a in ADAPTERS if a != "bitfit" or m not in NO_BIASES],
+)
 def test_every_adapter_works_on_architectures_that_no_table_lists(
     folders: dict[str, str], architecture: str, adapter: str, tmp_path: Path
 ) -> None:
@@ -516,7 +549,7 @@ def test_every_adapter_works_on_architectures_that_no_table_lists(
     model = attach(base, adapter, SETTINGS)
     if adapter == "dora":
         assert torch.allclose(logits(model), expected, atol=1e-5)
-    elif adapter not in ("prefix", "full"):
+    elif adapter not in ("prefix", "prompt", "full"):
         assert torch.equal(logits(model), expected)
     before = snapshot(model)
     train(model, steps=3)

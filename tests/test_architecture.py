@@ -16,6 +16,7 @@ CHILD_ONLY = {
     "pipeline", "training", "evaluation", "batches", "values", "quantization", "weights", "targets",
     "out_of_memory", "measuring.phases", "measuring.flops", "measuring.sentinels",
     "methods.sft", "methods.dpo", "methods.orpo", "methods.ppo", "methods.reward",
+    "biases", "pissa", "prompt",
     "rollout", "reward_model", "ppo_roles", "ppo_training", "ppo_values",
     # and those of a command that trains or answers in its own process
     "checkpoint", "chat", "inference", "agreement",
@@ -48,6 +49,9 @@ LAYERS = [
     {"harness"},
     {
         "data.loading",
+        "biases",
+        "pissa",
+        "prompt",
         "quantization",
         "weights",
         "targets",

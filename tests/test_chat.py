@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from peftbench import adapters, chat, models
+from peftbench.adapters import ADAPTERS
 from peftbench.agreement import largest_difference
 from peftbench.case import Case, Settings
 from peftbench.chat import Chat, Sampling, answering_model, find_trained, without_adapter
@@ -30,7 +31,7 @@ PROMPT = "The ship Aurora"
 GREEDY = Sampling(max_new_tokens=10, temperature=0.0)
 
 
-def load(name: str = "tiny-llama", *, quantize: bool = False):
+def load(name: str = "tiny-llama", *, quantize: str | None = None):
     return models.load_model(
         name, weights="pretrained", dtype=torch.float32, device=torch.device("cpu"),
         quantize=quantize, seed=0,
@@ -39,7 +40,7 @@ def load(name: str = "tiny-llama", *, quantize: bool = False):
 
 def adapted_model(adapter: str):
     """A tiny LLaMA with an adapter that says something."""
-    model = adapters.attach(load(quantize=adapter == "qlora"), adapter, SETTINGS)
+    model = adapters.attach(load(quantize=ADAPTERS[adapter].quantization), adapter, SETTINGS)
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -64,7 +65,7 @@ def talk_to(model, tokenizer, sampling: Sampling = GREEDY, base=None) -> Chat:
     return Chat(model, base or partial(without_adapter, model), tokenizer, sampling, 256)
 
 
-@pytest.mark.parametrize("adapter", ["lora", "qlora", "ia3", "prefix"])
+@pytest.mark.parametrize("adapter", ["lora", "qlora", "ia3", "prefix", "prompt", "lora-8bit"])
 def test_an_answer_is_what_whole_forward_passes_give(adapter, capsys):
     model, tokenizer = adapted_model(adapter), models.load_tokenizer("tiny-llama", "pretrained")
     encoder = make_encoder(tokenizer)
@@ -76,7 +77,9 @@ def test_an_answer_is_what_whole_forward_passes_give(adapter, capsys):
     assert talk.history[-1]["content"] == text
     capsys.readouterr()
     talk.ask_base()
-    base = greedy_ids(load(quantize=adapter == "qlora"), ids, 10, tokenizer.eos_token_id)
+    base = greedy_ids(
+        load(quantize=ADAPTERS[adapter].quantization), ids, 10, tokenizer.eos_token_id
+    )
     said = tokenizer.decode(base, skip_special_tokens=True)
     assert capsys.readouterr().out.rstrip("\n") == said.rstrip("\n")
     assert said != text
@@ -151,6 +154,10 @@ def test_a_long_prompt_is_cut_to_the_context():
         ("prefix", None, False, ""),
         ("qlora", None, False, "not merged (over 4 bits)"),
         ("qlora", True, True, "merged (logits agree"),
+        ("lora-8bit", None, False, "not merged (over 8 bits)"),
+        ("pissa", None, True, "merged (logits agree"),
+        ("lora-bias", None, True, "merged (logits agree"),
+        ("prompt", None, False, ""),
     ],
 )
 def test_merged_where_it_loses_nothing(adapter, merge, is_merged, words):

@@ -51,7 +51,7 @@ def tokenizer():
 def adapted(adapter: str):
     """tiny-gpt2 in eval mode with an adapter that is far from the identity; or without one."""
     case = Case("tiny-gpt2", adapter, "sft", SETTINGS)
-    quantizes = adapter != "base" and ADAPTERS[adapter].quantizes_base
+    quantizes = None if adapter == "base" else ADAPTERS[adapter].quantization
     model = pipeline.load(case, torch.device("cpu"), quantize=quantizes)
     if adapter == "base":
         return model.eval()
@@ -299,7 +299,7 @@ def test_a_task_file_of_one_s_own_reads_the_data_beside_it(tmp_path, tokenizer):
     harness.check_tasks(settings)
     case = Case("tiny-gpt2", "lora", "sft", settings)
     assert case.public().settings.tasks == "mine.yaml"
-    model = pipeline.load(case, torch.device("cpu"), quantize=False)
+    model = pipeline.load(case, torch.device("cpu"), quantize=None)
     score = pipeline.task_scores(model, case, tokenizer, is_base=True)["mine"]
     assert score.correct == "10"
     changed = [rows[0], {**rows[1], "context": "It was the"}]

@@ -34,7 +34,7 @@ from peftbench.models import (
     parameter_bytes,
     weights_hash,
 )
-from peftbench.quantization import dequantize_layer, layers_4bit
+from peftbench.quantization import dequantize_layer, layers_4bit, layers_8bit, quantization_of
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 23).reshape(2, 10)
@@ -76,7 +76,7 @@ def no_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def load(model: str, **changes: Any) -> Any:
     arguments: dict[str, Any] = {
-        "weights": "pretrained", "dtype": torch.float32, "device": CPU, "quantize": False,
+        "weights": "pretrained", "dtype": torch.float32, "device": CPU, "quantize": None,
         "seed": 0,
     }  # fmt: skip
     return load_model(model, **(arguments | changes))
@@ -218,9 +218,83 @@ def test_gguf_folder_loads_and_quantises_like_safetensors(tmp_path: Path) -> Non
     read = load(str(tmp_path / "gguf"))
     with torch.no_grad():
         assert torch.allclose(read(IDS).logits, source(IDS).logits, atol=1e-5)
-        four_bit = load(str(tmp_path / "gguf"), quantize=True)
-        expected = load(str(tmp_path / "full"), quantize=True)
+        four_bit = load(str(tmp_path / "gguf"), quantize="nf4")
+        expected = load(str(tmp_path / "full"), quantize="nf4")
         assert torch.allclose(four_bit(IDS).logits, expected(IDS).logits, atol=1e-5)
+
+
+# --- 8 bits ---
+
+
+def test_eight_bit_weights_are_rounded_rows_over_their_largest(folder: str) -> None:
+    """Codes round(127 w / largest of the row), with one scale a row; the head is spared."""
+    model, full = load(folder, quantize="int8"), load(folder)
+    layers = layers_8bit(model)
+    assert len(layers) == {"gpt2": 2 * 4, "llama": 2 * 7}[model.config.model_type]
+    assert model.is_loaded_in_8bit
+    assert count_params(model)[0] == count_params(full)[0]
+    added = 0
+    for name, layer in layers.items():
+        original = full.get_submodule(name)
+        rows = original.weight.T if type(original).__name__ == "Conv1D" else original.weight
+        scales = rows.half().abs().amax(1).float()
+        codes = (rows.half().float() * (127 / scales[:, None])).round()
+        assert torch.equal(layer.weight.data.float(), codes), name
+        back = dequantize_layer(layer, torch.float32)
+        assert type(back) is type(original)
+        rounding = scales.max() * (0.5 / 127 + 2**-11)  # half a step, after a float16
+        assert 0 < (back.weight - original.weight).abs().max() < rounding
+        added += 4 * rows.numel() - (rows.numel() + 4 * len(scales))
+    assert parameter_bytes(full) - parameter_bytes(model) == added
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_eight_bit_layer_multiplies_its_weights_forward_and_backward(
+    folder: str, dtype: torch.dtype
+) -> None:
+    """On a CPU, in both modes alike: bitsandbytes itself rounds activations in eval mode only."""
+    model = load(folder, quantize="int8", dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers_8bit(model).values():
+        weight = layer.weight.data.float() * layer.weight.SCB[:, None] / 127
+        x = torch.randn(3, 5, weight.shape[1], generator=generator).to(dtype).requires_grad_()
+        with torch.no_grad():
+            x[0, 0, 3] = 9.0  # above the outliers' threshold
+        bias = None if layer.bias is None else layer.bias.float()
+        expected = torch.nn.functional.linear(x.float(), weight, bias)
+        gradient = torch.randn(expected.shape, generator=generator).to(dtype)
+        tolerance = 1e-5 if dtype == torch.float32 else 0.02
+        for training in (True, False):
+            out = layer.train(training)(x)
+            (found,) = torch.autograd.grad(out, x, gradient)
+            scale = expected.abs().max()
+            assert (out - expected).abs().max() < tolerance * scale
+            back = gradient.float() @ weight
+            assert (found - back).abs().max() < tolerance * back.abs().max()
+
+
+def test_bitsandbytes_alone_answers_otherwise_in_eval_mode(folder: str) -> None:
+    """The test above can fail: what `prepare_8bit` is for."""
+    from bitsandbytes.autograd._functions import MatmulLtState
+
+    model = load(folder, quantize="int8").eval()
+    with torch.no_grad():
+        kept = model(IDS).logits
+        for layer in layers_8bit(model).values():
+            layer.state.__class__ = MatmulLtState
+        assert (model(IDS).logits - kept).abs().max() > 1e-4
+
+
+def test_random_eight_bit_weights_are_the_quantised_random_ones(folder: str) -> None:
+    eight_bit = load(folder, weights="random", quantize="int8", seed=4)
+    load(folder, weights="random", seed=4).save_pretrained(Path(folder) / "random")
+    expected = load(str(Path(folder) / "random"), quantize="int8")
+    assert layers_8bit(eight_bit).keys() == layers_8bit(expected).keys()
+    with torch.no_grad():
+        assert torch.equal(eight_bit(IDS).logits, expected(IDS).logits)
+    assert quantization_of(eight_bit) == {
+        "type": "int8", "activations": "full", "outlier_threshold": None
+    }  # fmt: skip
 
 
 # --- 4 bits ---
@@ -228,7 +302,7 @@ def test_gguf_folder_loads_and_quantises_like_safetensors(tmp_path: Path) -> Non
 
 def test_four_bit_base_is_nf4_with_double_quantisation(folder: str) -> None:
     """Also GPT-2's Conv1D layers: a QLoRA row over full-precision layers would be LoRA."""
-    model, full = load(folder, quantize=True), load(folder)
+    model, full = load(folder, quantize="nf4"), load(folder)
     layers = layers_4bit(model)
     assert len(layers) == {"gpt2": 2 * 4, "llama": 2 * 7}[model.config.model_type]
     assert not any("head" in name for name in layers)
@@ -242,7 +316,7 @@ def test_four_bit_base_is_nf4_with_double_quantisation(folder: str) -> None:
 
 
 def test_base_bytes_count_four_bit_storage_with_its_scales(tmp_path: Path) -> None:
-    model = load(save_model(LLAMA, tmp_path), quantize=True)
+    model = load(save_model(LLAMA, tmp_path), quantize="nf4")
     hidden, inner, kv = 64, 128, 32
     sizes = [hidden * hidden] * 2 + [kv * hidden] * 2 + [hidden * inner] * 3
     # weights at half a byte, one scale byte a block of 64, the scales' own float scale (one block
@@ -254,10 +328,10 @@ def test_base_bytes_count_four_bit_storage_with_its_scales(tmp_path: Path) -> No
 
 def test_random_four_bit_weights_are_the_quantised_random_ones(folder: str) -> None:
     """Built block by block, yet equal to quantising the whole model that the seed gives."""
-    four_bit = load(folder, weights="random", quantize=True, seed=4)
+    four_bit = load(folder, weights="random", quantize="nf4", seed=4)
     full = load(folder, weights="random", seed=4)
     full.save_pretrained(Path(folder) / "random")
-    expected = load(str(Path(folder) / "random"), quantize=True)
+    expected = load(str(Path(folder) / "random"), quantize="nf4")
     theirs = layers_4bit(expected)
     assert layers_4bit(four_bit).keys() == theirs.keys()
     for name, layer in layers_4bit(four_bit).items():
@@ -270,7 +344,7 @@ def test_random_four_bit_weights_are_the_quantised_random_ones(folder: str) -> N
 
 
 def test_dequantised_layer_is_near_the_original_and_of_its_class(folder: str) -> None:
-    model, full = load(folder, quantize=True), load(folder)
+    model, full = load(folder, quantize="nf4"), load(folder)
     for name, layer in layers_4bit(model).items():
         original = full.get_submodule(name)
         back = dequantize_layer(layer, torch.float32)
@@ -288,12 +362,12 @@ def test_sizes_that_nf4_gets_wrong_are_refused_in_one_line(tmp_path: Path, size:
     folder = save_model(config, tmp_path)
     for weights in ("pretrained", "random"):
         with pytest.raises(UserError, match=f"has {size} inputs and NF4 needs a multiple of 64"):
-            load(folder, weights=weights, quantize=True)
+            load(folder, weights=weights, quantize="nf4")
 
 
 def test_evaluation_does_not_cut_the_gradient_of_a_four_bit_base(folder: str) -> None:
     """bitsandbytes repacks CPU weights at an eval-mode forward; see prepare_4bit."""
-    model = attach(load(folder, quantize=True), "lora", Settings(seed=2))
+    model = attach(load(folder, quantize="nf4"), "lora", Settings(seed=2))
     before = first_layer_gradient(model)
     model.eval()
     with torch.no_grad():
@@ -307,7 +381,7 @@ def test_the_gradient_is_cut_where_the_trap_is_not_neutralised(tmp_path: Path) -
     """The test above can fail: with the switch on, a CPU with AVX512-BF16 repacks the weights."""
     from bitsandbytes.functional import has_avx512bf16
 
-    model = attach(load(save_model(LLAMA, tmp_path), quantize=True), "lora", Settings(seed=2))
+    model = attach(load(save_model(LLAMA, tmp_path), quantize="nf4"), "lora", Settings(seed=2))
     for layer in layers_4bit(model).values():
         layer.support_avx512bf16_for_cpu = bool(has_avx512bf16())
     before = first_layer_gradient(model)

@@ -19,7 +19,7 @@ from peftbench.data.task import TokenPair, TokenTask
 from peftbench.errors import InvalidTrainingError, UserError
 from peftbench.methods import ppo
 from peftbench.models import disable_dropout
-from peftbench.quantization import layers_4bit, prepare_4bit, quantize_layer
+from peftbench.quantization import layers_4bit, layers_8bit, prepare_quantized, quantize_layer
 from peftbench.reward_model import ScalarModel, pair_accuracy, train_reward_model
 
 EOS = 3
@@ -32,7 +32,7 @@ SETTINGS = Settings(
 
 
 def make_model(name: str, adapter: str) -> Any:
-    """A small random model, its output spread wide; in 4 bits for qlora."""
+    """A small random model, its output spread wide; quantised where the adapter wants that."""
     torch.manual_seed(1)
     if name == "gpt2":
         config: Any = GPT2Config(vocab_size=40, n_positions=64, n_embd=64, n_layer=2, n_head=2,
@@ -49,13 +49,14 @@ def make_model(name: str, adapter: str) -> Any:
         if parameter.dim() > 1:
             parameter.data *= 3
     disable_dropout(model)
-    if adapters.ADAPTERS[adapter].quantizes_base:
+    if kind := adapters.ADAPTERS[adapter].quantization:
         from peftbench.quantization import mark_quantized, names_to_quantize
 
-        for path in names_to_quantize(model):
-            model.set_submodule(path, quantize_layer(model.get_submodule(path), torch.float32))
-        mark_quantized(model, torch.float32)
-        prepare_4bit(model)
+        for path in names_to_quantize(model, kind):
+            layer = quantize_layer(model.get_submodule(path), kind, torch.float32)
+            model.set_submodule(path, layer)
+        mark_quantized(model, kind, torch.float32)
+        prepare_quantized(model, kind)
     return model.eval()
 
 
@@ -102,7 +103,9 @@ def disturb(model: Any) -> None:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=g)
 
 
-EVERY = [(n, a) for n in ("gpt2", "llama") for a in adapters.ADAPTERS]
+EVERY = [  # a LLaMA has no biases for bitfit
+    (n, a) for n in ("gpt2", "llama") for a in adapters.ADAPTERS if (n, a) != ("llama", "bitfit")
+]
 
 
 @pytest.mark.parametrize(("name", "adapter"), EVERY)
@@ -137,7 +140,9 @@ def wide_model(name: str) -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize(("name", "adapter"), [(n, a) for n, a in EVERY if a != "qlora"])
+@pytest.mark.parametrize(
+    ("name", "adapter"), [(n, a) for n, a in EVERY if not adapters.ADAPTERS[a].quantization]
+)
 def test_the_tree_of_token_steps_answers_as_the_model(name, adapter, monkeypatch):
     """With LoRA folded in or too large for it, with the adapter on or off; the model is kept."""
     model = wide_model(name)
@@ -158,7 +163,7 @@ def test_the_tree_of_token_steps_answers_as_the_model(name, adapter, monkeypatch
     tree = rollout.few_rows_tree(base, len(ids))
     kinds = {type(module).__name__ for module in tree.modules()}
     assert "FewRowsLinear" in kinds  # the head at least
-    folds = adapter in ("lora", "rslora")
+    folds = adapter in ("lora", "rslora", "lora-bias")
     assert not folds or not any("lora" in n for n, _ in tree.named_parameters())
     own = {p.data_ptr() for p in model.parameters()}
     copies = sum(p.nbytes for p in tree.parameters() if p.data_ptr() not in own)
@@ -373,7 +378,8 @@ def test_a_learning_rate_of_almost_0_leaves_everything_still(name, adapter):
     for row in found.ppo.history:
         assert abs(row["approx_kl"]) < 1e-6
         assert row["clip_ratio"] == 0
-        assert row["kl_k3"] > 1e-4 if adapter == "prefix" else abs(row["kl_k1"]) < 1e-5
+        moved = adapter in ("prefix", "prompt")  # before the first step
+        assert row["kl_k3"] > 1e-4 if moved else abs(row["kl_k1"]) < 1e-5
 
 
 def test_every_parameter_has_a_gradient_or_the_training_stops(monkeypatch):
@@ -441,7 +447,7 @@ def test_a_seed_repeats_bit_for_bit_and_another_does_not():
 
 @pytest.mark.parametrize("adapter", adapters.ADAPTERS)
 def test_after_an_sft_stage_the_reference_is_the_sft_model(adapter):
-    model, plain, settings = start("llama", adapter)
+    model, plain, settings = start("gpt2" if adapter == "bitfit" else "llama", adapter)
     sft = replace(settings, learning_rate=1e-2)
     training.train(model, make_task(), sft, "sft", training.SilentGate(), nullcontext())
     batch = collate(make_task().train[:4], "chosen")
@@ -556,9 +562,12 @@ def test_the_clock_stops_after_the_time_budget():
     assert len(found.ppo.history) == 2  # one warms up, one is timed
 
 
-def test_qlora_keeps_its_4_bit_layers_in_both_trees():
-    model, plain, _ = start("gpt2", "qlora")
-    assert len(layers_4bit(plain)) == 8
+@pytest.mark.parametrize(
+    ("adapter", "layers"), [("qlora", layers_4bit), ("lora-8bit", layers_8bit)]
+)
+def test_a_quantised_base_keeps_its_layers_in_both_trees(adapter, layers):
+    model, plain, _ = start("gpt2", adapter)
+    assert len(layers(plain)) == 8
     shared = {id(p) for p in plain.parameters()} & {id(p) for p in model.parameters()}
     assert len(shared) == len(list(plain.parameters()))
 

@@ -37,7 +37,7 @@ def plain():
 def ours():
     return models.load_model(
         NAME, weights="pretrained", dtype=torch.float32, device=torch.device("cpu"),
-        quantize=False, seed=0,
+        quantize=None, seed=0,
     )  # fmt: skip
 
 

@@ -29,11 +29,12 @@ from peftbench.data.task import TokenPair, TokenTask
 from peftbench.errors import UserError
 from peftbench.measuring import phases
 from peftbench.methods import METHODS
-from peftbench.quantization import nf4_config, prepare_4bit
+from peftbench.quantization import prepare_quantized, quantization_config
 
 VOCABULARY = 96
 EOS = trl_engine.PAD_TOKEN_ID  # as in SmolLM2: the padding id is the EOS id
 ADAPTERS = ("full", "lora", "qlora", "ia3", "prefix")
+OTHERS = ("pissa", "lora-8bit", "lora-bias", "bitfit", "prompt")
 LOSS_TOLERANCE, GRADIENT_TOLERANCE, CURVE_TOLERANCE = 1e-5, 1e-4, 1e-3
 
 
@@ -71,12 +72,13 @@ def build(folder: Path, adapter: str, settings: Settings, *, moved: float = 0.0)
     `moved` is the size of noise on what trains: with it the policy is not the reference, and beta
     counts.
     """
-    quantization = nf4_config(torch.float32) if adapter == "qlora" else None
+    kind = adapters.ADAPTERS[adapter].quantization
+    quantization = quantization_config(kind, torch.float32) if kind else None
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=quantization, device_map="cpu"
     )
-    if adapter == "qlora":
-        prepare_4bit(model)
+    if kind:
+        prepare_quantized(model, kind)
     torch.manual_seed(1)
     model = adapters.attach(model, adapter, settings)
     if adapter != "full":
@@ -192,8 +194,10 @@ def trl_loss(
 
 
 @pytest.mark.parametrize("method", trl_engine.TRL_METHODS)
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize(("base", "accumulation"), [("gpt2", 1), ("llama", 2)])
+@pytest.mark.parametrize(
+    ("base", "accumulation", "adapter"),
+    [("gpt2", 1, a) for a in (*ADAPTERS, *OTHERS)] + [("llama", 2, a) for a in ADAPTERS],
+)
 def test_both_engines_give_one_batch_the_same_loss_and_gradients(
     bases: dict[str, Path], base: str, accumulation: int, adapter: str, method: str, tmp_path: Path
 ) -> None:

@@ -30,6 +30,11 @@ MARKS = {
     "rslora": Mark("#8c1c2e", "triangle-down", "dash"),
     "vera": Mark("#3d4fb8", "cross", "dot"),
     "ln": Mark("#35701d", "hexagon", "dashdot"),
+    "pissa": Mark("#a3155f", "diamond-wide", "longdash"),
+    "lora-8bit": Mark("#7d4a1f", "octagon", "dash"),
+    "lora-bias": Mark("#1f6b8f", "triangle-left", "dot"),
+    "bitfit": Mark("#5f6b00", "triangle-right", "longdashdot"),
+    "prompt": Mark("#6a35b5", "hourglass", "dashdot"),
 }
 SPARE = (
     Mark("#5b4a8a", "pentagon", "longdashdot"),
@@ -46,6 +51,11 @@ SHAPES = {
     "cross": '<path d="M6 2h4v4h4v4h-4v4H6v-4H2V6h4z"/>',
     "star": '<path d="m8 1 2 5h5l-4 3.5L12.500 15 8 11.500 3.500 15 5 9.500 1 6h5z"/>',
     "hexagon": '<path d="M8 1.500 14 5v6l-6 3.500L2 11V5z"/>',
+    "diamond-wide": '<path d="M1 8 8 4 15 8 8 12z"/>',
+    "octagon": '<path d="M5.500 2h5L14 5.500v5L10.500 14h-5L2 10.500v-5z"/>',
+    "triangle-left": '<path d="M2 8 13.500 1.500v13z"/>',
+    "triangle-right": '<path d="M14 8 2.500 1.500v13z"/>',
+    "hourglass": '<path d="M3 2h10L8 8l5 6H3l5-6z"/>',
     "diamond-tall": '<path d="M8 1 12 8 8 15 4 8z"/>',
     "bowtie": '<path d="M2 3 8 8 2 13zM14 3 8 8l6 5z"/>',
     "pentagon": '<path d="M8 1.500 14.500 6.500 12 14H4L1.500 6.500z"/>',

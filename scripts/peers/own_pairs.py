@@ -59,7 +59,7 @@ def task_of(work: PairsWork) -> TokenTask:
 def load(work: PairsWork, settings: Settings) -> Any:
     model = models.load_model(
         work.model, weights=work.weights, dtype=getattr(torch, work.dtype),
-        device=torch.device("cpu"), quantize=False, seed=work.seed,
+        device=torch.device("cpu"), quantize=None, seed=work.seed,
     )  # fmt: skip
     models.disable_dropout(model)
     return adapters.attach(model, "lora", settings)

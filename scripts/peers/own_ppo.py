@@ -55,7 +55,7 @@ def train(work: PPOWork, seed: int, meter: Meter) -> dict[str, Any]:
     settings = settings_of(work, seed)
     model = models.load_model(
         work.model, weights="pretrained", dtype=torch.float32, device=torch.device("cpu"),
-        quantize=False, seed=seed,
+        quantize=None, seed=seed,
     )  # fmt: skip
     models.disable_dropout(model)
     plain = adapters.shared_copy(model)
