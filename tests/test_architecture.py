@@ -18,7 +18,7 @@ CHILD_ONLY = {
     "methods.sft", "methods.dpo", "methods.orpo", "methods.ppo", "methods.reward",
     "rollout", "reward_model", "ppo_roles", "ppo_training", "ppo_values",
     # and those of a command that trains or answers in its own process
-    "checkpoint", "chat", "inference", "agreement",
+    "checkpoint", "chat", "inference", "agreement", "compiling",
 }  # fmt: skip
 
 LAYERS = [
@@ -53,6 +53,7 @@ LAYERS = [
         "targets",
         "measuring.phases",
         "batches",
+        "compiling",
         "measuring.flops",
         "measuring.sentinels",
     },
