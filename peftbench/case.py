@@ -62,6 +62,7 @@ class Settings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    compile: str = "none"  # layers: the decoder layers through torch.compile, before the warm-up
     beta: float = 0.1  # DPO's temperature
     orpo_lambda: float = 0.1  # weight of ORPO's odds-ratio term (the paper's lambda, TRL's `beta`)
     orpo_nll_on: str = "all"  # all: prompt and chosen, as the authors' code; completion
@@ -149,6 +150,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "targets": ("all-linear", "qv"),
     "schedule": ("linear", "constant"),
     "optimizer": ("adamw", "paged-adamw-8bit"),
+    "compile": ("none", "layers"),
     "orpo_nll_on": ("all", "completion"),
     "value": ("head", "adapter"),
     "reward": ("model", "true", "count-token", "none"),

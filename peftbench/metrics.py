@@ -90,7 +90,7 @@ def _of_memory(source: str, words: str, margin: float = 0.02) -> dict[str, Metri
 METRICS: dict[str, Metric] = {
     # time
     "train_s": Metric("s", "lower", "noisy", 0.03, "Wall time of the optimiser steps after the warm-up, device synchronised at both ends; loading, evaluation, saving and tokenising excluded."),
-    "method_s": Metric("s", "lower", "noisy", 0.03, "Wall time of everything the method needs before the user has the adapter: an SFT stage, the reward model, reference log-probabilities, warm-up steps and training."),
+    "method_s": Metric("s", "lower", "noisy", 0.03, "Wall time of everything the method needs before the user has the adapter: an SFT stage, the reward model, reference log-probabilities, compiling, warm-up steps and training."),
     "first_step_s": Metric("s", "lower", "noisy", 0.05, "Wall time of the very first optimiser step, where kernels are chosen and memory is taken."),
     "step_p50_s": Metric("s", "lower", "noisy", 0.03, "Median wall time of an optimiser step after the warm-up."),
     "step_p95_s": Metric("s", "lower", "noisy", 0.05, "95th percentile of the wall time of an optimiser step after the warm-up."),
@@ -104,6 +104,7 @@ METRICS: dict[str, Metric] = {
     "reference_s": Metric("s", "lower", "noisy", 0.03, "Wall time of the reference's log-probabilities on the training pairs; null where the method has no reference."),
     "sft_s": Metric("s", "lower", "noisy", 0.03, "Wall time of the SFT stage of `sft+dpo` and `sft+ppo`."),
     "reward_model_s": Metric("s", "lower", "noisy", 0.03, "Wall time to train PPO's reward model on the same pairs."),
+    "compile_s": Metric("s", "lower", "info", 0.0, "Wall time to compile the decoder layers and to run them once (`--compile layers`), all before the warm-up; the record's `compilation` says what was compiled and whether its code came from the cache."),
     "warmup_s": Metric("s", "lower", "noisy", 0.05, "Wall time of the first `warmup_steps` optimiser steps (PPO: of the updates that hold them) and of building the optimiser."),
     "rollout_s": Metric("s", "lower", "noisy", 0.03, "PPO: wall time of sampling completions, within the training window."),
     "score_s": Metric("s", "lower", "noisy", 0.03, "PPO: wall time of old log-probabilities and values, reference and reward, within the training window."),
@@ -126,7 +127,7 @@ METRICS: dict[str, Metric] = {
     "energy_j": Metric("J", "lower", "noisy", 0.05, "Energy of the training window: of the GPU (its counter, else integrated power), on a CPU run of the processor packages."),
     "energy_per_token_j": Metric("J", "lower", "derived", 0.05, "energy_j over the non-padding tokens of the training window."),
     # memory
-    "peak_gpu_memory_bytes": Metric("bytes", "lower", "tight", 0.02, "Highest GPU memory that NVML reports while training (SFT stage, reward model, reference, warm-up and training phases): the process's own, else the device's growth."),
+    "peak_gpu_memory_bytes": Metric("bytes", "lower", "tight", 0.02, "Highest GPU memory that NVML reports while training (SFT stage, reward model, reference, compile, warm-up and training phases): the process's own, else the device's growth."),
     "nvml_process_peak_bytes": Metric("bytes", "lower", "tight", 0.02, "Highest memory NVML reports for the training process, over the same phases."),
     "nvml_device_peak_bytes": Metric("bytes", "lower", "tight", 0.02, "Highest memory in use on the device minus the reading before the process started, over the same phases."),
     "torch_peak_allocated_bytes": Metric("bytes", "lower", "tight", 0.005, "Highest bytes in tensors by torch's CUDA allocator, over the same phases."),
@@ -238,12 +239,19 @@ def metric_of(name: str) -> Metric:
 
 PHASES: tuple[str, ...] = (
     "import", "load", "attach", "data", "check", "prepare", "sft", "reward_model", "reference",
-    "warmup", "train", "evaluate", "tasks", "compare", "save", "merge", "count",
+    "compile", "warmup", "train", "evaluate", "tasks", "compare", "save", "merge", "count",
 )  # fmt: skip
-"""The phases of a round, in order. `sft`, `reward_model`, `reference`, `tasks` and `merge` have no
-time where there is none of it."""
+"""The phases of a round, in order. `sft`, `reward_model`, `reference`, `compile`, `tasks` and `merge`
+have no time where there is none of it."""
 
-HEADLINE_PHASES: tuple[str, ...] = ("sft", "reward_model", "reference", "warmup", "train")
+HEADLINE_PHASES: tuple[str, ...] = (
+    "sft",
+    "reward_model",
+    "reference",
+    "compile",
+    "warmup",
+    "train",
+)
 """Peaks are the maximum over these: never load, evaluate or save (evaluation's full logits would win)."""
 
 

@@ -2,7 +2,8 @@
 
     pytest (plugin.py)  ->  one fresh child process per round (worker.py)  ->  run_round, below:
     import -> load -> attach -> data -> check -> prepare -> (sft) -> (reward model) -> (reference)
-    -> warm up -> [go] -> train -> evaluate -> (tasks) -> compare -> save -> merge -> count
+    -> (compile) -> warm up -> [go] -> train -> evaluate -> (tasks) -> compare -> save
+    -> merge -> count
 
 The parent process collects, shows progress and writes files; it never imports torch (but for
 `--report-to`, when all is measured). The child
@@ -26,6 +27,7 @@ import torch
 from peftbench import adapters, evaluation, harness, models, ppo_values, provenance, values
 from peftbench.batches import collate, completion_logprobs, forward_logits
 from peftbench.case import Case, Settings
+from peftbench.compiling import compiling
 from peftbench.data.loading import load_task
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.errors import InvalidTrainingError, UserError
@@ -209,7 +211,7 @@ def run_round(
         "seed": settings.seed,
         "start_unix_s": start_unix_s,
         **measured(numbers, values.null_reasons(case, device, phases, peak_flops_per_s)),
-        "disturbances": values.disturbances(phases, device),
+        "disturbances": values.disturbances(phases, device, training.compilation),
         "device": device_name(device),
         "device_uuid": device_uuid(device),
         "emulated_gpu_memory_bytes": settings.gpu_memory_limit_bytes or None,
@@ -226,6 +228,7 @@ def run_round(
         "data": task.name,
         "data_digest": task.digest,
         "phases": {name: asdict(reading) for name, reading in phases.readings.items()},
+        "compilation": training.compilation,
         "losses": training.losses,
         "step_s": training.step_s,
         "step_tokens": values.step_tokens(training, case, task),
@@ -311,6 +314,8 @@ def import_libraries(settings: Settings) -> None:
     """Import what the case needs and the server has not: neither its time nor its memory is the
     training's."""
     names = ["accelerate", "bitsandbytes", "peft"]
+    if settings.compile != "none":
+        names += ["torch._dynamo", "torch._inductor.compile_fx"]
     if settings.engine == "trl":
         names += ["trl.trainer.sft_trainer", "trl.trainer.dpo_trainer"]
     if settings.tasks:
@@ -353,17 +358,21 @@ def train(
         sft = replace(settings, learning_rate=settings.sft_learning_rate, time_budget_s=0.0)
         training.train(model, task, sft, "sft", SilentGate(), nullcontext(), keeper)
         reference = nullcontext()  # the model itself, which the second stage has not moved yet
-    if last == "ppo":
-        roles = ppo_roles.prepare_roles(
-            model, plain, case.adapter, task, settings, tokenizer, gate, after_sft=bool(before)
-        )
-        gate.reference_done()
-        return ppo_training.train(
-            model, roles, task, settings, eos_id_of(model, tokenizer), gate, keeper
-        )
     if settings.engine == "trl":
         return trl_engine.train(model, task, settings, last, gate, reference)
-    return training.train(model, task, settings, last, gate, reference, keeper)
+    with compiling(settings.compile) as compilation:
+        if last == "ppo":
+            roles = ppo_roles.prepare_roles(
+                model, plain, case.adapter, task, settings, tokenizer, gate,
+                after_sft=bool(before),
+            )  # fmt: skip
+            done = ppo_training.train(
+                model, roles, task, settings, eos_id_of(model, tokenizer), gate, keeper,
+                compilation,
+            )  # fmt: skip
+        else:
+            done = training.train(model, task, settings, last, gate, reference, keeper, compilation)
+        return replace(done, compilation=compilation.described())
 
 
 def eos_id_of(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> int | None:

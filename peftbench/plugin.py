@@ -404,6 +404,7 @@ class FileGuard:
         finally:
             if ours is not None:
                 ours.progress.close()
+                ours.close()
 
 
 @pytest.hookimpl(trylast=True)

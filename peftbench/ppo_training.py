@@ -20,6 +20,7 @@ import torch
 
 from peftbench import rollout
 from peftbench.batches import Batch, collate
+from peftbench.compiling import Compilation, decoder_layers
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.errors import InvalidTrainingError, UserError
 from peftbench.measuring.flops import count_flops
@@ -88,9 +89,31 @@ class PPO:
     """The state of one PPO training: policy, roles, optimiser, random state, history."""
 
     def __init__(
-        self, model: Any, roles: Roles, task: TokenTask, settings: Settings, eos_id: int
+        self,
+        model: Any,
+        roles: Roles,
+        task: TokenTask,
+        settings: Settings,
+        eos_id: int,
+        compilation: Compilation | None = None,
     ) -> None:
         self.model, self.roles, self.task = model, roles, task
+        self.compilation = compilation or Compilation()
+        # Trees of the same modules that stay eager: compiled, a forward pass alone is no faster.
+        self.eager_model, self.eager_value = model, roles.value_model
+        # whether two micro-batches of the budget can have different shapes
+        self.varies = eos_id >= 0 or len({len(p.prompt) for p in task.train}) > 1
+        self.step_width = 0  # of the rollout's cache; 0: its token steps are not compiled
+        if self.compilation.compiles:
+            if rollout.has_plain_cache(model):
+                longest = max(len(p.prompt) for p in task.train)
+                self.step_width = longest + settings.completion_length
+                self.compilation.layers["token step"] = len(decoder_layers(model))
+            self.eager_model = rollout.same_modules(model)
+            self.compilation.add("policy", model, dynamic=self.varies)
+            if roles.value_model is not None:
+                self.eager_value = rollout.same_modules(roles.value_model)
+                self.compilation.add("value", roles.value_model, dynamic=self.varies)
         self.settings, self.eos_id = settings, eos_id
         self.device = next(model.parameters()).device
         self.policy_parameters = [p for p in model.parameters() if p.requires_grad]
@@ -161,14 +184,14 @@ class PPO:
         settings, size = self.settings, self.settings.ppo_batch_size
         prompts = [p.prompt for p in self.task.train[index * size : (index + 1) * size]]
         self.generator.manual_seed(settings.seed * 100_003 + index)
-        was_training = self.model.training
-        self.model.eval()
+        was_training = self.eager_model.training
+        self.eager_model.eval()
         with torch.no_grad(), self.autocast():
             sampled = rollout.sample(
-                self.model, prompts, settings.completion_length, settings.ppo_temperature,
-                self.eos_id, self.generator,
+                self.eager_model, prompts, settings.completion_length, settings.ppo_temperature,
+                self.eos_id, self.generator, self.step_width,
             )  # fmt: skip
-        self.model.train(was_training)
+        self.eager_model.train(was_training)
         return sampled
 
     def orders(self, index: int) -> list[list[int]]:
@@ -198,7 +221,7 @@ class PPO:
         ]
         for rows in reversed(chunks):
             picked = torch.tensor(rows, device=self.device)
-            batch = collate([pairs[i] for i in rows], "chosen", self.device)
+            batch = self.collate([pairs[i] for i in rows])
             width = batch.completion_length
             with torch.no_grad(), self.autocast():
                 reference[picked, :width] = score_tokens(
@@ -206,10 +229,11 @@ class PPO:
                 )[0]
                 if roles.reward_model is not None:
                     scores[picked] = roles.reward_model.scores(batch)
-                if roles.value_model is not None:
-                    values[picked, :width] = score_values(roles.value_model, batch)
-            with torch.set_grad_enabled(rows is chunks[0]), self.autocast():
-                logprobs, found, logits = self.policy(batch)
+                if self.eager_value is not None:
+                    values[picked, :width] = score_values(self.eager_value, batch)
+            is_kept = rows is chunks[0]
+            with torch.set_grad_enabled(is_kept), self.autocast():
+                logprobs, found, logits = self.policy(batch, eager=not is_kept)
             old[picked, :width] = logprobs.detach()
             if found is not None:
                 values[picked, :width] = found.detach()
@@ -248,9 +272,39 @@ class PPO:
         experience = Experience(pairs, mask, old, values, ppo.whiten(advantages, mask), returns)
         return experience, row, kept
 
-    def policy(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    def policy(
+        self, batch: Batch, *, eager: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """(log-probabilities, values where they are a head's on the trunk, logits) in one pass."""
-        return score_tokens(self.model, batch, self.settings.ppo_temperature, self.roles.value_head)
+        model = self.eager_model if eager else self.model
+        return score_tokens(model, batch, self.settings.ppo_temperature, self.roles.value_head)
+
+    def rehearse(self) -> None:
+        """Every pass of an update once, without a step: then everything is compiled."""
+        for batch in self.rehearsal_batches(self.roll_out(0)):
+            with self.autocast():
+                logprobs, values, _ = self.policy(batch)
+            torch.autograd.backward(logprobs.sum() if values is None else (logprobs + values).sum())
+            if self.roles.value_model is not None:
+                with self.autocast():
+                    values = score_values(self.roles.value_model, batch)
+                torch.autograd.backward(values.sum())
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def rehearsal_batches(self, sampled: Rollout) -> list[Batch]:
+        """A micro-batch with its completions as long as they may be, and where shapes vary a
+        shorter one beside it."""
+        full, found = self.settings.completion_length, []
+        for length in (full, max(1, full // 2)) if self.varies else (full,):
+            rows = sampled.pairs[: self.micro_batch]
+            cut = [(p.prompt, (p.chosen + (0,) * length)[:length]) for p in rows]
+            found.append(self.collate([TokenPair(p, c, c) for p, c in cut]))
+        return found
+
+    def collate(self, pairs: list[TokenPair]) -> Batch:
+        """A micro-batch. For the compiler all are padded where some are: one graph, not two."""
+        batch = collate(pairs, "chosen", self.device)
+        return replace(batch, padded=True) if self.compilation.compiles and self.varies else batch
 
     def learn(
         self, experience: Experience, orders: list[list[int]], kept: Kept
@@ -298,7 +352,7 @@ class PPO:
         total = torch.zeros(5, device=self.device)
         for at in range(0, len(order), size):
             rows = order[at : at + size]
-            batch = collate([experience.pairs[i] for i in rows], "chosen", self.device)
+            batch = self.collate([experience.pairs[i] for i in rows])
             counts.append((int(sum(len(experience.pairs[i].prompt) + len(experience.pairs[i].chosen)
                                    for i in rows)), batch.input_ids.numel()))  # fmt: skip
             width, mask = batch.completion_length, batch.completion_mask
@@ -406,6 +460,7 @@ def train(
     eos_id: int | None,
     gate: Gate,
     keeper: Keeper | None = None,
+    compilation: Compilation | None = None,
 ) -> Training:
     """Train in place, one update for each `ppo_batch_size` prompts of the pairs.
 
@@ -417,7 +472,13 @@ def train(
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    state = PPO(model, roles, task, settings, eos_id)
+    compilation = compilation or Compilation()
+    if compilation.compiles:
+        gate.stage("compile")
+    state = PPO(model, roles, task, settings, eos_id, compilation)
+    if compilation.compiles:
+        state.rehearse()
+    gate.reference_done()
     kept = state.as_kept()
     if keeper is not None:
         keeper.begin(kept)
@@ -426,6 +487,7 @@ def train(
     for index in range(kept.step, state.updates):
         if index == settings.ppo_warmup_updates:
             synchronize(state.device)
+            compilation.clock_starts()
             gate.warmed_up()
             started_s = time.perf_counter()
         state.update(index)
@@ -437,6 +499,7 @@ def train(
             break
     synchronize(state.device)
     gate.trained()
+    compilation.clock_stops()
     state.optimizer.zero_grad(set_to_none=True)
     return Training(
         state.losses, state.clock.step_s(), state.grad_bytes, state_bytes(state.optimizer),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +26,7 @@ def preflight(models: Sequence[str], adapters: set[str], settings: Settings) -> 
         raise UserError("peftbench does not run on Windows itself; run it inside WSL2")
     if settings.device == "cuda" and torch_cuda_version() is None:
         raise UserError("--device cuda needs a CUDA build of torch, this one is for CPUs only")
+    check_compiler(settings)
     for model in models:
         check_model(model, settings.weights)
         row = find_model(model)
@@ -53,6 +56,16 @@ def preflight_inference(cases: Sequence[Case]) -> None:
             )
 
 
+def check_compiler(settings: Settings) -> None:
+    """Raise UserError where torch.compile would find no compiler for what it writes."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if settings.compile != "none" and shutil.which(compiler) is None:
+        raise UserError(
+            f"--compile {settings.compile} needs a C++ compiler, and there is no {compiler!r}:"
+            " install one (Debian: apt-get install g++), name yours in CXX, or leave the option out"
+        )
+
+
 def impossible(case: Case) -> str | None:
     """The sentence a user needs for a combination that cannot work, or None."""
     settings = case.settings
@@ -60,6 +73,11 @@ def impossible(case: Case) -> str | None:
         return "prefix tuning feeds its prefix as a cache, which gradient checkpointing turns off"
     if case.adapter == "bitfit" and not has_biases(case.model):
         return f"{case.model} has no biases, and bitfit trains nothing else; use ln or lora-bias"
+    if settings.compile != "none":
+        if settings.engine == "trl":
+            return "--compile is the native engine's: TRL's trainers have settings of their own"
+        if case.adapter == "prefix":
+            return "a prefix is a cache with a place for each layer: every layer would be compiled"
     if settings.optimizer == "paged-adamw-8bit" and (
         settings.device == "cpu" or torch_cuda_version() is None
     ):

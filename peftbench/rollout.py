@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from peftbench.batches import last_columns
+from peftbench.compiling import compile_layers
 from peftbench.data.task import TokenPair
 
 # With so few rows on a CPU a product is as long as the reading of its weight, and which side of it
@@ -49,10 +50,13 @@ def sample(
     temperature: float,
     eos_id: int,
     generator: torch.Generator,
+    compiled_width: int = 0,
 ) -> Rollout:
     """One completion a prompt, of at most `length` tokens, each drawn from softmax(logits / t).
 
     The caller has the model in eval mode without gradients. A GPU is waited for once, at the end.
+    `compiled_width`: compile the layers of a token step, whose cache then holds so many tokens from
+    the start, at least the longest prompt's and `length`; 0: eager, with a cache that grows.
     """
     device = next(model.parameters()).device
     ids, mask = pad_left(prompts, device)
@@ -69,6 +73,10 @@ def sample(
         position_ids=(mask.cumsum(-1) - mask).clamp(min=0),
         logits_to_keep=last_columns(ids, 1), use_cache=True,
     )  # fmt: skip
+    cache, fixed = out.past_key_values, None
+    if compiled_width:
+        cache = fixed = FixedCache(inner, cache, prefix + compiled_width, present)
+        compile_layers(inner, dynamic=False)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     # read without waiting: on a GPU it holds the answer of some step before
     all_finished = torch.zeros((), dtype=torch.bool, pin_memory=device.type == "cuda")
@@ -82,10 +90,11 @@ def sample(
         all_finished.copy_(finished.all(), non_blocking=True)
         if t + 1 == length or bool(all_finished):
             break
+        at = prefix + ids.shape[1] + t
+        seen = present[:, : at + 1] if padded else None
         out = inner(
-            input_ids=drawn,
-            attention_mask=present[:, : prefix + ids.shape[1] + t + 1] if padded else None,
-            position_ids=positions + t, past_key_values=out.past_key_values, use_cache=True,
+            input_ids=drawn, attention_mask=seen if fixed is None else fixed.go_to(at),
+            position_ids=positions + t, past_key_values=cache, use_cache=True,
         )  # fmt: skip
     rows = torch.cat(tokens, -1).tolist()  # waits for the device
     completions = [tuple(token for token in row if token >= 0) for row in rows]
@@ -122,6 +131,70 @@ class FewRowsLinear(torch.nn.Module):
         return out if self.bias is None else out + self.bias
 
 
+@dataclass
+class LayerBuffers:
+    """One layer's keys and values, (B, heads, width, size)."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class FixedCache:
+    """A cache of one width from the first token step to the last, for layers that are compiled.
+
+    It stands in for a transformers cache. An attention layer calls `update` with its `layer_idx`:
+    in the tree that this cache is made for, that is the layer's buffers themselves, as a number
+    would be compiled anew for each layer.
+    """
+
+    def __init__(self, tree: Any, filled: Any, width: int, present: torch.Tensor) -> None:
+        """`filled` is the cache of the prompts' pass; `present` (B, ...) is 0 at its padding."""
+        attentions = [m for m in tree.modules() if hasattr(m, "layer_idx")]
+        for module in attentions:
+            layer = filled.layers[module.layer_idx]
+            module.layer_idx = LayerBuffers(
+                widened(layer.keys, width), widened(layer.values, width)
+            )
+        seen = filled.get_seq_length()
+        self.position = torch.zeros(1, dtype=torch.long, device=present.device)
+        self.mask = torch.zeros((len(present), 1, 1, width), dtype=torch.bool,
+                                device=present.device)  # fmt: skip
+        self.mask[:, 0, 0, :seen] = present[:, :seen].bool()
+
+    def go_to(self, position: int) -> torch.Tensor:
+        """The mask of a token that stands here; what is given of it goes here too."""
+        self.position.fill_(position)
+        self.mask[..., position] = True
+        return self.mask
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: LayerBuffers, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of the layer, those of this token put in their place."""
+        layer.keys.index_copy_(2, self.position, keys)
+        layer.values.index_copy_(2, self.position, values)
+        return layer.keys, layer.values
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Asked by models that count positions themselves; ours are given."""
+        return 0
+
+
+def has_plain_cache(model: Any) -> bool:
+    """Whether all layers keep all they have seen, which is what a FixedCache does: no windows."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) is DynamicLayer for layer in layers)
+
+
+def widened(filled: torch.Tensor, width: int) -> torch.Tensor:
+    """(B, heads, width, size), zeros after what is filled."""
+    out = filled.new_zeros((*filled.shape[:2], width, filled.shape[3]))
+    out[:, :, : filled.shape[2]] = filled
+    return out
+
+
 def few_rows_tree(base: Any, rows: int) -> Any:
     """`base`, adapter layers inside, on a tree of its own for passes over one token a row.
 
@@ -133,9 +206,9 @@ def few_rows_tree(base: Any, rows: int) -> Any:
     from transformers.pytorch_utils import Conv1D
 
     device = next(base.parameters()).device
-    if torch.is_autocast_enabled(device.type):
-        return base  # a folded weight would be rounded where the adapter is not
     tree = same_modules(base).eval()
+    if torch.is_autocast_enabled(device.type):
+        return tree  # a folded weight would be rounded where the adapter is not
     adapted = {
         name: module
         for name, module in tree.named_modules()

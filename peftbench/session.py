@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -26,7 +27,7 @@ from peftbench.quantization import BITS, Quantization
 from peftbench.record import FORMAT, dumps
 from peftbench.resume import ReplayClock, earlier_rounds
 from peftbench.summary import infer_words
-from peftbench.worker import Child, Outcome, RoundStoppedError, process_context
+from peftbench.worker import COMPILE_CACHE, Child, Outcome, RoundStoppedError, process_context
 
 
 class Session:
@@ -158,6 +159,10 @@ class Session:
         """Keep a case's row and show it."""
         self.rows.append(row)
         self.progress.finished(result_line(row))
+
+    def close(self) -> None:
+        """Remove what only the session's own rounds need."""
+        shutil.rmtree(self.folder / COMPILE_CACHE, ignore_errors=True)
 
     def skip(self, case: Case, sentence: str) -> None:
         """A combination that cannot work: a row, but no child."""

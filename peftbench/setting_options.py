@@ -21,6 +21,7 @@ HELP = {
     "infer_merge_4bit": "inference: merge qlora as well, over its base dequantised",
     "tasks": "comma-separated: local tasks, lm-evaluation-harness's, or YAML files of its format",
     "task_items": "the first so many items of each task (0: all)",
+    "compile": "layers: torch.compile of every decoder layer; its time is compile_s",
     "learning_rate": "one value for all cases (0: the table's, by adapter and method)",
 }
 KINDS: dict[str, type] = {"int": int, "float": float, "str": str}

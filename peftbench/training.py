@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from peftbench.batches import Batch, Sides, collate, token_counts
+from peftbench.compiling import Compilation
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.errors import UserError
 from peftbench.measuring.phases import synchronize
@@ -32,7 +33,7 @@ class Gate(Protocol):
     """The phase boundaries of a training, called by either engine."""
 
     def stage(self, name: str) -> None:
-        """A phase that only some methods have begins: `sft` or `reward_model`."""
+        """A phase that only some cases have begins: `sft`, `reward_model` or `compile`."""
 
     def prepared(self) -> None:
         """Batches and trainer are ready; called only where a reference pass follows."""
@@ -57,6 +58,7 @@ class Training:
     optimizer_state_bytes: int  # moments and counters, wherever they lie
     learning_rates: list[float]  # of each optimiser step
     ppo: PPOOutcome | None = None
+    compilation: dict[str, Any] | None = None  # what was compiled, and when
 
 
 @dataclass
@@ -257,6 +259,22 @@ def masks_from_lengths() -> Iterator[None]:
         del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
 
+def with_one_graph(windows: list[Window]) -> list[Window]:
+    """The windows, their batches all with a mask if any has padding: with and without one are two
+    graphs to the compiler."""
+    padded = any(batch.padded for window in windows for batch in window.batches)
+    return [
+        replace(window, batches=[replace(batch, padded=padded) for batch in window.batches])
+        for window in windows
+    ]
+
+
+def narrowest_and_widest(windows: list[Window]) -> list[Batch]:
+    """Two batches, or the first where all are as wide."""
+    batches = {b.input_ids.shape[1]: b for window in windows for b in window.batches}
+    return [batches[width] for width in sorted({min(batches), max(batches)})]
+
+
 @masks_from_lengths()
 def train(
     model: Any,
@@ -266,6 +284,7 @@ def train(
     gate: Gate,
     reference: AbstractContextManager[None],
     keeper: Keeper | None = None,
+    compilation: Compilation | None = None,
 ) -> Training:
     """Train in place for the budget; the model is left in training mode.
 
@@ -276,6 +295,7 @@ def train(
     from accelerate import Accelerator
 
     device = next(model.parameters()).device
+    compilation = compilation or Compilation()
     bf16 = settings.dtype == "bfloat16"
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device.type == "cpu")
     model.train()
@@ -289,12 +309,26 @@ def train(
         with accelerator.autocast():
             reference_rows = reference_logratios(model, windows, reference)
     synchronize(device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    wrapped = accelerator.prepare_model(model)
+    if compilation.compiles:
+        gate.stage("compile")
+        windows = with_one_graph(windows)
+        rehearsed = narrowest_and_widest(windows)
+        compilation.add("policy", model, dynamic=len(rehearsed) > 1)
+        for batch in rehearsed:
+            loss = batch_loss(
+                wrapped, batch, method, settings, window_tokens=windows[0].completion_tokens,
+                reference=torch.zeros(settings.batch_size, device=device),
+            )  # fmt: skip
+            accelerator.backward(loss)
+        for parameter in trained:
+            parameter.grad = None
+        synchronize(device)
     gate.reference_done()
 
-    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(trained, settings, settings.learning_rate)
     schedule = build_schedule(optimizer, settings, settings.steps)
-    wrapped = accelerator.prepare_model(model)
     state = TrainingState(method, len(windows), trained, optimizer, schedule)
     if keeper is not None:
         keeper.begin(state)
@@ -303,6 +337,7 @@ def train(
     for step, window in enumerate(windows[state.step :], start=state.step):
         if step == settings.warmup_steps:
             synchronize(device)
+            compilation.clock_starts()
             gate.warmed_up()
             started_s = time.perf_counter()
         clock.mark()
@@ -331,6 +366,7 @@ def train(
             break
     synchronize(device)
     gate.trained()
+    compilation.clock_stops()
     grad_bytes = gradient_bytes(trained)
     optimizer.zero_grad(set_to_none=True)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)

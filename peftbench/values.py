@@ -135,13 +135,18 @@ def work_values(
     }
 
 
-def disturbances(phases: Phases, device: torch.device) -> list[str]:
+def disturbances(
+    phases: Phases, device: torch.device, compilation: dict[str, Any] | None = None
+) -> list[str]:
     """Why this round's times are not the case's own: one sentence each, in most rounds none."""
     headline = [phases.readings[n] for n in HEADLINE_PHASES if n in phases.readings]
-    return taken_by_others(device, {
+    found = taken_by_others(device, {
         "during training": [phases.readings["train"]],
         "in what `method_s` is made of": headline,
     })  # fmt: skip
+    if compilation is not None and (times := compilation["recompilations_in_training"]):
+        found.append(f"torch.compile compiled {times} times while the training clock ran")
+    return found
 
 
 def taken_by_others(device: torch.device, windows: dict[str, list[PhaseReading]]) -> list[str]:
@@ -226,6 +231,7 @@ def null_reasons(
     reasons["reference_s"] = f"{case.method} has no reference"
     if uses_ppo(case.method):
         reasons["reference_s"] = "PPO asks its reference in each update: it is in score_s"
+    reasons["compile_s"] = "nothing is compiled (--compile none)"
     reasons["sft_s"] = f"{case.method} has no SFT stage before it"
     reasons["tasks_s"] = "no tasks were asked for (--tasks)"
     reasons |= ppo_values.null_reasons(case)

@@ -51,6 +51,10 @@ SERVER_ENVIRONMENT = {
 }
 
 
+# In the session's folder: its first round compiles, whatever ran before it, and the rounds after it
+# find the code there, so that two sessions of the same rounds compare.
+COMPILE_CACHE = ".compiled"
+
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the user's to mend: no traceback
 
 
@@ -228,8 +232,13 @@ def child_main(connection: Connection, job: dict[str, Any], log: str, scratch: s
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    tempfile.tempdir = os.environ["TMPDIR"] = scratch
+    # not relative, as a compiler runs in folders of its own
+    tempfile.tempdir = os.environ["TMPDIR"] = str(Path(scratch).absolute())
     os.environ.update(SERVER_ENVIRONMENT)  # a spawned child has no server to inherit it from
+    # torch's own place is in the folder above, which goes with the child
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", str(Path(log).absolute().parent / COMPILE_CACHE)
+    )
     pipe = _Pipe(connection)
     try:
         connection.send(("result", _run(job, pipe)))

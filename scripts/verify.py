@@ -19,7 +19,8 @@ PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 JSON = "output/verify-{}.json"
 
 PARTS: dict[str, list[list[str]]] = {
-    # tests marked `verify`: the real model against plain transformers, and the like
+    # tests marked `verify`: the real model against plain transformers, compiled trainings against
+    # eager ones, and the like
     "tests": [[*PYTEST, "tests", "-m", "verify", "-rs"]],
     # the shipped tiny models, trained again from nothing: the same weights to the last bit (on the
     # kind of CPU and with the torch that trained them; elsewhere only the perplexities are equal)

@@ -19,7 +19,7 @@ CHILD_ONLY = {
     "biases", "pissa", "prompt",
     "rollout", "reward_model", "ppo_roles", "ppo_training", "ppo_values",
     # and those of a command that trains or answers in its own process
-    "checkpoint", "chat", "inference", "agreement",
+    "checkpoint", "chat", "inference", "agreement", "compiling",
 }  # fmt: skip
 
 LAYERS = [
@@ -57,6 +57,7 @@ LAYERS = [
         "targets",
         "measuring.phases",
         "batches",
+        "compiling",
         "measuring.flops",
         "measuring.sentinels",
     },

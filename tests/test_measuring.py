@@ -210,11 +210,15 @@ def test_waiting_for_a_processor_between_phases_is_not_the_phases_fault(monkeypa
 def test_other_processes_cpu_time_is_counted_and_ours_is_not():
     start = host.cpu_times()
     spin = "import time\nend = time.process_time() + 0.6\nwhile time.process_time() < end: pass"
-    with subprocess.Popen([sys.executable, "-c", spin]) as other:
+    spin += "\nprint(flush=True)\ninput()"  # it lives on: a child that has ended counts as ours
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", spin], stdin=pipe, stdout=pipe) as other:
         end = time.process_time() + 0.3
-        while time.process_time() < end or other.poll() is None:
+        while time.process_time() < end:
             pass
-    took = host.other_cpu_s(start, host.cpu_times())
+        other.stdout.readline()
+        took = host.other_cpu_s(start, host.cpu_times())
+        other.communicate(b"\n")
     assert took is not None
     assert took >= 0.6 * 0.95
     calm, same = host.CpuTimes(10.0, 4.0), host.CpuTimes(11.0, 5.0)

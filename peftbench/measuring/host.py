@@ -57,7 +57,10 @@ MOST_OTHER_CPU_RATIO = 0.10
 
 @dataclass(frozen=True)
 class CpuTimes:
-    """CPU seconds since some moment in the past: of the whole machine, and of this process."""
+    """CPU seconds since some moment in the past: of the whole machine, and of this process.
+
+    A compiler that it has started and waited for is its own work.
+    """
 
     machine_s: float
     own_s: float
@@ -75,7 +78,7 @@ def cpu_times() -> CpuTimes | None:
     )
     ticks = user + nice + system + irq + softirq + steal
     own = os.times()
-    return CpuTimes(ticks / os.sysconf("SC_CLK_TCK"), own.user + own.system)
+    return CpuTimes(ticks / os.sysconf("SC_CLK_TCK"), sum(own[:4]))
 
 
 def other_cpu_s(start: CpuTimes | None, end: CpuTimes | None) -> float | None:

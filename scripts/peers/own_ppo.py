@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from work import Meter, PPOWork, read_arguments
 
 from peftbench import adapters, models, pipeline, ppo_training
 from peftbench.case import Settings
+from peftbench.compiling import compiling
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.measuring.flops import count_flops
 from peftbench.methods.reward import token_share
@@ -27,12 +29,28 @@ def main() -> None:
     values, outcome_file = read_arguments()
     work = PPOWork(**values)
     torch.set_num_threads(work.threads)
-    pipeline.import_libraries(Settings())
+    pipeline.import_libraries(Settings(compile=work.compile))
     meter = Meter()
     runs = [train(work, seed, meter) for seed in work.seeds]
     outcome_file.write_text(
         json.dumps({"runs": runs, **meter.outcome(), "machine": time_machine()})
     )
+
+
+class CompileClock(SilentGate):
+    """How long the compiling before the first update takes; None where there is none."""
+
+    def __init__(self) -> None:
+        self.compile_s: float | None = None
+        self._started_s = 0.0
+
+    def stage(self, name: str) -> None:
+        assert name == "compile"
+        self._started_s = time.perf_counter()
+
+    def reference_done(self) -> None:
+        if self._started_s:
+            self.compile_s = time.perf_counter() - self._started_s
 
 
 def settings_of(work: PPOWork, seed: int) -> Settings:
@@ -46,7 +64,7 @@ def settings_of(work: PPOWork, seed: int) -> Settings:
         ppo_batch_size=work.batch_size, ppo_minibatch_size=work.batch_size,
         ppo_epochs=work.epochs, ppo_kl_coef=work.kl_coef, value=work.value,
         reward="model" if work.counted_token is None else "count-token",
-        missing_eos="keep", seed=seed,
+        missing_eos="keep", seed=seed, compile=work.compile,
     )  # fmt: skip
 
 
@@ -62,8 +80,15 @@ def train(work: PPOWork, seed: int, meter: Meter) -> dict[str, Any]:
     model = adapters.attach(model, "lora", settings)
     roles = build_roles(model, plain, settings, work.counted_token)
     meter.start()
-    found = ppo_training.train(model, roles, task_of(work), settings, NO_EOS, SilentGate())
+    gate = CompileClock()
+    with compiling(settings.compile) as compilation:
+        found = ppo_training.train(
+            model, roles, task_of(work), settings, NO_EOS, gate, None, compilation
+        )
     meter.stop()
+    compiled = compilation.described()
+    if compiled is not None and compiled["recompilations_in_training"]:
+        raise RuntimeError(f"compiled while the updates were timed: {compiled}")
     assert found.ppo is not None
     rows: list[dict[str, Any]] = list(found.ppo.history)
     if any(row["response_tokens"] != work.response_length for row in rows):
@@ -77,6 +102,8 @@ def train(work: PPOWork, seed: int, meter: Meter) -> dict[str, Any]:
         "response_tokens": [row["response_tokens"] for row in rows],
         "reward_mean": [row["reward_mean"] for row in rows],
         "kl_k1": [row["kl_k1"] for row in rows],
+        "compile_s": gate.compile_s,
+        "compilation": compiled,
         "trainable_params": sum(p.numel() for p in trained_parameters(model, roles)),
         "floor": None if work.counted_token is not None else floors(model, roles, work, settings),
     }

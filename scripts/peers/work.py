@@ -37,6 +37,7 @@ class PPOWork:
     value: str  # head, adapter; of TRL full, adapter
     counted_token: int | None  # the reward is its share of the response; None: a model's
     seeds: list[int]
+    compile: str = "none"  # peftbench's setting of this name
 
 
 @dataclass(frozen=True)
