@@ -53,8 +53,11 @@ bench: install
 	@mkdir -p $(dir $(RUN_JSON))
 	$(BIN)/python -m pytest bench --benchmark-json=$(RUN_JSON) --benchmark-columns=median,rounds $(ARGS)
 
+# In two processes, but for the tests that look at time and memory themselves.
+ALONE = tests/test_measuring.py
 test: install lint
-	$(BIN)/python -m pytest tests -m "not verify" -rs $(ARGS)
+	$(BIN)/python -m pytest tests -m "not verify" -rs -n 2 --dist loadfile --ignore $(ALONE) $(ARGS)
+	$(BIN)/python -m pytest $(ALONE) -m "not verify" -rs $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -196,7 +196,7 @@ def refuse_other_modes(config: pytest.Config) -> None:
             "--benchmark-disable and --benchmark-cprofile do not work with bench/;"
             " use --collect-only to see the cases, or run without them"
         )
-    if config.getoption("numprocesses", None):
+    if config.getoption("numprocesses", None) or "PYTEST_XDIST_WORKER" in os.environ:
         raise UserError("pytest-xdist (-n) would run measured cases side by side; leave it out")
     if config.getoption("case_timeout") <= 0:
         raise UserError(f"case-timeout is {config.getoption('case_timeout')}; it must be above 0")

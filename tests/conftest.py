@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 pytest_plugins = ["pytester"]
@@ -11,6 +13,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fail-on-skip", action="store_true", help="a skip that is not for want of a GPU fails"
     )
+
+
+def pytest_configure():
+    """A worker of pytest-xdist says so in its environment, and in pytests that a test starts
+    pytest-benchmark would then measure nothing."""
+    for name in [n for n in os.environ if n.startswith("PYTEST_XDIST_")]:
+        del os.environ[name]
 
 
 @pytest.hookimpl(hookwrapper=True)
