@@ -97,6 +97,8 @@ def largest(session: Session, model: str, choice: Choice, settings: Settings, mo
         if sentence := impossible(case):
             return Fit(choice, 0, None, None, sentence)
         row = try_case(session, case)
+        if row["status"] == "invalid":  # the machine's doing, as a rule: once more
+            row = try_case(session, case)
         if row["status"] != "ok":
             reason = "" if row["status"] == "oom" else f": {row['reason']}"
             beyond = f"{row['status']} at {batch}{reason}"
@@ -147,7 +149,8 @@ def words(found: Fit) -> str:
     name = f"{choice.adapter} {choice.method}, {choice.length} tokens"
     name += ", checkpointing" if choice.checkpointing else ""
     if found.batch == 0:
-        return f"{name}: does not fit ({found.beyond})"
+        told = "does not fit" if found.beyond.startswith("oom") else "not measured"
+        return f"{name}: {told} ({found.beyond})"
     return f"{name}: batch {found.batch}, {found.tokens_per_s:,.0f} tokens/s"
 
 

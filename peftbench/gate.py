@@ -93,7 +93,10 @@ def judge(config: pytest.Config, ours: Session, cases: list[Case], data: dict[st
         found = replace(found, notes=(*found.notes, f"not run, so not compared: {left_out}"))
     written(config, ours, "md", markdown_text(found))
     file = written(config, ours, "json", json_text(found))
-    return Verdict(text_lines(found), found.exit_code, file)
+    lines = text_lines(found)
+    if found.exit_code != 0 and not config.getoption("fail_on_regression"):
+        lines.append("(of `peftbench compare`: without --fail-on-regression no session fails)")
+    return Verdict(lines, found.exit_code, file)
 
 
 def plain(ours: Session, data: dict[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory was asked for which was not there."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):  # numpy's is a MemoryError
         return True
-    # torch's CPU allocator raises a plain RuntimeError, so its words are all there is to go by
+    # torch's CPU allocator raises a plain RuntimeError, so its words are all there is to go by; so
+    # does Python where there is no memory for a thread's stack
     return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("can't allocate memory", "std::bad_alloc")
+        words in str(error)
+        for words in ("can't allocate memory", "std::bad_alloc", "can't start new thread")
     )
 
 

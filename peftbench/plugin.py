@@ -175,6 +175,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         )
         preflight_inference([c for c in chosen if kind_of(c.id) == "infer"])
         refuse_other_modes(config)
+        check_json_folder(config)
         gate.check_options(config)
         config.stash[TRACKERS] = trackers.tracker_names(config.getoption("report_to"))
         folder = writable_folder(Path(config.getoption("results_dir")))
@@ -200,6 +201,24 @@ def refuse_other_modes(config: pytest.Config) -> None:
         raise UserError("pytest-xdist (-n) would run measured cases side by side; leave it out")
     if config.getoption("case_timeout") <= 0:
         raise UserError(f"case-timeout is {config.getoption('case_timeout')}; it must be above 0")
+
+
+def check_json_folder(config: pytest.Config) -> None:
+    """pytest-benchmark opens its file at the end, when everything has been measured."""
+    target = config.getoption("benchmark_json", None)
+    if target is None:
+        return
+    path = json_path(target)
+    if not os.access(path.parent, os.W_OK | os.X_OK) or path.is_dir():
+        raise UserError(
+            f"--benchmark-json {str(path)!r} cannot be written: its folder must exist and be"
+            " writable, and it must be a file"
+        )
+
+
+def json_path(target: Any) -> Path:
+    """Of what `--benchmark-json` has become: a path, or pytest-benchmark's file that is one."""
+    return Path(target if isinstance(target, (str, os.PathLike)) else target.name)
 
 
 def writable_folder(folder: Path) -> Path:
@@ -395,7 +414,7 @@ class FileGuard:
             if ours is None:
                 raise
             session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
-            target = Path(session.config.getoption("benchmark_json")).name
+            target = json_path(session.config.getoption("benchmark_json")).name
             ours.not_written = (
                 f"{target} could not be written ({error.strerror}); every finished round is kept:"
                 f" make room and run again with --resume {ours.run_id}"
@@ -417,7 +436,10 @@ def pytest_terminal_summary(
     terminalreporter.section(f"peftbench: {len(session.rows)} cases")
     for line in summary_lines(session.rows):
         terminalreporter.write_line(line)
-    terminalreporter.write_line(f"each round is kept in {session.folder}")
+    kept = f"each round is kept in {session.folder}"
+    if session.rows[-1]["status"] == "interrupted":
+        kept += f"; the same command with --resume {session.run_id} goes on"
+    terminalreporter.write_line(kept)
     for line in config.stash.get(TOLD, []):
         terminalreporter.write_line(line)
     verdict = config.stash.get(VERDICT, None)
@@ -437,6 +459,5 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     target = config.getoption("benchmark_json", None)
     if session is None or target is None or any(r["status"] == "ok" for r in session.rows):
         return
-    name = target if isinstance(target, (str, os.PathLike)) else target.name
     empty = {"benchmarks": [], "machine_info": {}, "commit_info": {}, "version": "5.3.1"}
-    write_atomically(Path(name), dumps(empty | {"peftbench": session_json(session)}))
+    write_atomically(json_path(target), dumps(empty | {"peftbench": session_json(session)}))

@@ -84,7 +84,8 @@ def final_values(
         if value is not None:
             found[f"final/{name}"] = value
             lines.append(f"| {name} | {value} | {metric.unit} |")
-        elif null_reasons is not None:
+        # what its kind of case does not measure is in neither
+        elif null_reasons is not None and name in null_reasons:
             lines.append(f"| {name} | ({null_reasons[name]}) | {metric.unit} |")
     return found | {"metric_table": "\n".join(lines)}
 

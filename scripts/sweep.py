@@ -143,6 +143,7 @@ def write(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
     """The two files, as far as the sweep is."""
     where = provenance.describe()
     facts = {
+        "schema": "peftbench-sweep",  # first: it lies among results
         "preset": options.preset, "seeds": options.seeds, "commit": where["commit"],
         "cpu": where["cpu"], "libraries": where["libraries"],
     }  # fmt: skip

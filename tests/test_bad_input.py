@@ -182,3 +182,17 @@ def test_an_impossible_combination_is_a_skip_with_its_sentence(tmp_path):
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["benchmarks"] == []
     assert [c["status"] for c in run["peftbench"]["cases"]] == ["skipped"]
+
+
+def test_a_json_file_that_cannot_be_written_is_said_before_anything_runs(tmp_path):
+    for target in (tmp_path / "none" / "run.json", tmp_path):
+        out = subprocess.run(
+            [sys.executable, "-m", "pytest", str(ROOT / "bench"), "--preset", "smoke", "-p",
+             "no:cacheprovider", f"--benchmark-json={target}"],
+            capture_output=True, text=True, cwd=tmp_path, timeout=240, check=False,
+        )  # fmt: skip
+        text = out.stdout + out.stderr
+        assert out.returncode == 4, text
+        assert f"{target}" in text or "benchmark-json" in text
+        assert "Traceback" not in text
+        assert "elapsed" not in text

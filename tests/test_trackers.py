@@ -321,3 +321,11 @@ def test_wandb_without_a_key_is_one_line(tmp_path, monkeypatch):
     (line,) = report_rounds(tmp_path, "run-a", ("wandb",))
     assert line.startswith("--report-to wandb: No API key configured.")
     assert "0 of 1 rounds told, --resume" in line
+
+
+def test_what_a_kind_of_case_does_not_measure_is_in_no_table():
+    found = trackers.final_values({"train_s": 2.0}, {"perplexity": "random weights"})
+    assert found["final/train_s"] == 2.0
+    table = str(found["metric_table"])
+    assert "| perplexity | (random weights) |" in table
+    assert "measure_s" not in table

@@ -18,7 +18,9 @@ from peftbench.metrics import METRICS
 from peftbench.record import STATUSES
 from peftbench.result_files import case_records, read_json, reading, session_part
 
-VERDICT_SCHEMA = "peftbench-verdicts"  # our own verdict files may lie beside the results
+VERDICT_SCHEMA = "peftbench-verdicts"
+# what else this package and its scripts write may lie beside the results
+OTHER_SCHEMAS = (VERDICT_SCHEMA, "peftbench-peers", "peftbench-sweep")
 TASK_METRIC = "task_accuracy"  # of TASK_METRICS the one that is compared
 Key = tuple[str, str]  # case id, case hash
 

@@ -15,7 +15,7 @@ from packaging.version import InvalidVersion, Version
 
 from peftbench.compare.index import read_indexed
 from peftbench.compare.load import (
-    VERDICT_SCHEMA,
+    OTHER_SCHEMAS,
     CaseRow,
     Key,
     Session,
@@ -46,17 +46,18 @@ def files_below(folder: Path) -> list[Path]:
         f for f in sorted(folder.rglob("*.json"))
         if not f.name.startswith(".") and set(FOLDERS).isdisjoint(f.relative_to(folder).parts)
     ]  # fmt: skip
-    found = [f for f in files if not is_verdict_file(f)]
+    found = [f for f in files if not is_no_result(f)]
     if not found:
         raise UserError(f"{str(folder)!r} has no result file; {GIVE}")
     return found
 
 
-def is_verdict_file(path: Path) -> bool:
-    """Told by its first bytes: a result file is not read twice for it."""
+def is_no_result(path: Path) -> bool:
+    """Ours, of another kind. Told by its first bytes: a result is not read twice for it."""
     with path.open("rb") as file:
         start = file.read(200)
-    return f'"schema": "{VERDICT_SCHEMA}"'.encode() in start and isinstance(read_json(path), dict)
+    told = any(f'"schema": "{schema}"'.encode() in start for schema in OTHER_SCHEMAS)
+    return told and isinstance(read_json(path), dict)
 
 
 def read_side(path: Path, subject: str | None = None) -> tuple[Session, list[Session]]:

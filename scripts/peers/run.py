@@ -76,7 +76,8 @@ def main() -> int:
         print(text, flush=True)
         (asked.results / f"{part}.txt").write_text(text)
         record = {
-            "part": part, "date": datetime.date.today().isoformat(), **numbers,
+            "schema": "peftbench-peers", "part": part,
+            "date": datetime.date.today().isoformat(), **numbers,
             "provenance": where, "peer_libraries": peer,
         }  # fmt: skip
         (asked.results / f"{part}.json").write_text(
