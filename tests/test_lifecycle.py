@@ -143,13 +143,13 @@ if "multiprocessing.forkserver" in " ".join(sys.orig_argv):
 """
 
 
-def test_each_way_to_end_has_its_status_and_leaves_nothing_behind(tmp_path):
+def test_each_way_to_end_has_its_status_and_leaves_nothing_behind(tmp_path, tmp_path_factory):
     """In one run: out of GPU memory, NaN, an exception with a token in it, a segmentation fault."""
-    for name in ("inject", "temporary"):
-        (tmp_path / name).mkdir()
+    temporary = tmp_path_factory.mktemp("t")  # a socket's path must be short
+    (tmp_path / "inject").mkdir()
     (tmp_path / "inject" / "sitecustomize.py").write_text(SABOTAGE)
     environment = {
-        "PYTHONPATH": str(tmp_path / "inject"), "TMPDIR": str(tmp_path / "temporary"),
+        "PYTHONPATH": str(tmp_path / "inject"), "TMPDIR": str(temporary),
         "HF_TOKEN": TOKEN, "GIT_URL": f"https://user:{TOKEN}@somewhere.example/repository",
     }  # fmt: skip
     semaphores = set(Path("/dev/shm").iterdir())
@@ -173,12 +173,12 @@ def test_each_way_to_end_has_its_status_and_leaves_nothing_behind(tmp_path):
 
     assert TOKEN not in text
     assert "Traceback" in text  # of the case that failed, without its secrets
-    written = [f for folder in ("runs", "temporary") for f in (tmp_path / folder).rglob("*")]
+    written = [f for folder in (tmp_path / "runs", temporary) for f in folder.rglob("*")]
     files = [tmp_path / "run.json", *(f for f in written if f.is_file())]
     assert any("the token is ***" in f.read_text() for f in files)
     assert [f for f in files if TOKEN in f.read_text() or "password-1" in f.read_text()] == []
     # torch makes the folder of its compiler's cache on import, for every process of the user
-    left = {f.name.partition("_")[0] for f in (tmp_path / "temporary").iterdir()}
+    left = {f.name.partition("_")[0] for f in temporary.iterdir()}
     assert left <= {"torchinductor"}
     assert list(tmp_path.rglob(".tmp-*")) == []
     assert set(Path("/dev/shm").iterdir()) <= semaphores

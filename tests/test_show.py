@@ -14,7 +14,7 @@ from peftbench import __version__, show
 from peftbench.case import Case, Settings
 from peftbench.cli import main
 from peftbench.compare.load import read_session
-from peftbench.metrics import METRICS, metrics_of
+from peftbench.metrics import METRICS, kind_of, metrics_of
 from peftbench.record import FORMAT, dumps, measured, merge_rounds
 from peftbench.result_files import GIVE
 
@@ -113,8 +113,14 @@ def section(lines: list[str], title: str) -> list[str]:
 
 def test_all_cases_of_a_committed_file_are_in_the_table(shown):
     lines = shown(COMMITTED)
-    names = [c["case_id"] for c in json.loads(COMMITTED.read_text())["peftbench"]["cases"]]
+    ids = [c["case_id"] for c in json.loads(COMMITTED.read_text())["peftbench"]["cases"]]
+    names = [i for i in ids if not i.endswith("-infer")]
     assert [line.split()[0] for line in lines[2 : 2 + len(names)]] == names
+    # those of inference stand in a table of their own, a line for each model
+    start = next(i for i, line in enumerate(lines) if line.startswith("inference"))
+    answering = [line.split()[:2] for line in lines[start + 2 :] if "-infer " in line]
+    of_each = ("base", "unmerged", "merged")
+    assert answering == [[i, m] for i in ids if i.endswith("-infer") for m in of_each]
     assert lines[2].endswith("ok")
 
 
@@ -157,12 +163,11 @@ def test_entries_of_other_tests_in_the_same_file_are_left_out(shown, tmp_path):
 
 def test_every_committed_record_can_be_shown_in_full():
     rows = show.read_rows(COMMITTED)
-    assert len(rows) == 30
+    assert len(rows) == 44
     for row in rows:
         text = "\n".join(show.record_lines(row))
-        for name in metrics_of(
-            "train"
-        ):  # in its section, beside its metric, or not measured with a reason
+        # in its section, beside its metric, or not measured with a reason
+        for name in metrics_of(kind_of(row["case_id"])):
             assert name in text or show._belongs_to_another(name), f"{row['case_id']}: {name}"
 
 
