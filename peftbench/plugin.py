@@ -5,6 +5,7 @@ Loaded in every pytest session of an environment that has peftbench, so it impor
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Generator
 from dataclasses import replace
@@ -204,15 +205,16 @@ def refuse_other_modes(config: pytest.Config) -> None:
 
 
 def check_json_folder(config: pytest.Config) -> None:
-    """pytest-benchmark opens its file at the end, when everything has been measured."""
+    """Make the file's folder: pytest-benchmark opens it when everything has been measured."""
     target = config.getoption("benchmark_json", None)
     if target is None:
         return
     path = json_path(target)
+    with contextlib.suppress(OSError):  # the sentence below says it
+        path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK | os.X_OK) or path.is_dir():
         raise UserError(
-            f"--benchmark-json {str(path)!r} cannot be written: its folder must exist and be"
-            " writable, and it must be a file"
+            f"--benchmark-json {str(path)!r} cannot be written; give a file in a folder that can be"
         )
 
 

@@ -185,7 +185,8 @@ def test_an_impossible_combination_is_a_skip_with_its_sentence(tmp_path):
 
 
 def test_a_json_file_that_cannot_be_written_is_said_before_anything_runs(tmp_path):
-    for target in (tmp_path / "none" / "run.json", tmp_path):
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path / "file" / "run.json", tmp_path):
         out = subprocess.run(
             [sys.executable, "-m", "pytest", str(ROOT / "bench"), "--preset", "smoke", "-p",
              "no:cacheprovider", f"--benchmark-json={target}"],
