@@ -276,18 +276,20 @@ def compared(trees: dict[str, Any], case: Case) -> dict[str, float]:
 
 def check_agreement(logit_ratios: dict[str, float], case: Case) -> None:
     """Raises: InvalidInferenceError for a merge that changes answers, or a check that is none."""
-    limit = AGREEMENT_RATIO[case.settings.dtype]
-    for name, words in (
-        ("zero_merge_logit_ratio", "merged without an effect and base"),
-        ("merge_logit_ratio", "merged and unmerged"),
+    rounding = AGREEMENT_RATIO[case.settings.dtype]
+    effect = logit_ratios.get("effect_logit_ratio")
+    # what merging rounds grows with what is merged
+    larger = 1.0 if effect is None else max(1.0, effect / EFFECT)
+    for name, words, limit in (
+        ("zero_merge_logit_ratio", "merged without an effect and base", rounding),
+        ("merge_logit_ratio", "merged and unmerged", rounding * larger),
     ):
         found = logit_ratios.get(name, 0.0)
         if not found <= limit:
             raise InvalidInferenceError(
                 f"logits of {words} differ by {found:.2g} of the largest, more than rounding in"
-                f" {case.settings.dtype} ({limit:g}): the times are not of the same model"
+                f" {case.settings.dtype} ({limit:.2g}): the times are not of the same model"
             )
-    effect = logit_ratios.get("effect_logit_ratio")
     if effect is not None and not effect > CLEAR_EFFECT * logit_ratios.get("merge_logit_ratio", 0):
         raise InvalidInferenceError(
             f"the adapter moves the logits by {effect:.2g} of the largest only: that merged agrees"

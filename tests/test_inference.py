@@ -214,8 +214,10 @@ def test_agreement_is_refused_for_each_thing_that_it_stands_on():
     case, fine = case_of("lora"), {"merge_logit_ratio": 0.0, "zero_merge_logit_ratio": 0.0}
     limit = AGREEMENT_RATIO["float32"]
     inference.check_agreement(fine | {"effect_logit_ratio": 0.5}, case)
+    # what merging rounds grows with what is merged
+    inference.check_agreement({"merge_logit_ratio": 2 * limit, "effect_logit_ratio": 0.5}, case)
     for name, value in (
-        ("merge_logit_ratio", 2 * limit), ("zero_merge_logit_ratio", 2 * limit),
+        ("merge_logit_ratio", 3 * limit), ("zero_merge_logit_ratio", 2 * limit),
         ("merge_logit_ratio", float("nan")), ("effect_logit_ratio", 0.0),
         ("effect_logit_ratio", float("nan")),
     ):  # fmt: skip
