@@ -317,6 +317,11 @@ def _start_prefix_from_activations(model: PeftModel, settings: Settings) -> None
     )
 
 
+def inner_model(model: Any) -> Any:
+    """The model that holds the adapter's layers, as PEFT's own `generate` uses it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Another tree of modules over the same parameters and buffers: it costs no weights.
 

@@ -131,13 +131,20 @@ def run_again(ours: Session, cases: list[Case]) -> Session:
     return second
 
 
-def written(config: pytest.Config, ours: Session, form: str, text: str) -> Path:
-    """The verdicts beside the run's JSON (`run.verdicts.json`), else in the run's folder."""
+def json_path(config: pytest.Config) -> Path | None:
+    """Where `--benchmark-json` writes, be it a path or pytest-benchmark's open file by now."""
     target = config.getoption("benchmark_json", None)
     if target is None:
+        return None
+    return Path(target if isinstance(target, (str, os.PathLike)) else target.name)
+
+
+def written(config: pytest.Config, ours: Session, form: str, text: str) -> Path:
+    """The verdicts beside the run's JSON (`run.verdicts.json`), else in the run's folder."""
+    run = json_path(config)
+    if run is None:
         path = ours.folder / f"{VERDICTS_FILE}.{form}"
     else:
-        path = Path(target if isinstance(target, (str, os.PathLike)) else target.name)
-        path = path.with_name(f"{path.stem}.{VERDICTS_FILE}.{form}")
+        path = run.with_name(f"{run.stem}.{VERDICTS_FILE}.{form}")
     write_atomically(path, text)
     return path

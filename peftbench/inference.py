@@ -29,7 +29,7 @@ from peftbench.infer_values import Cycle, Turn
 from peftbench.measuring.phases import Phases
 from peftbench.metrics import VARIANTS
 from peftbench.quantization import quantization_of, quantized_layers
-from peftbench.record import FORMAT, measured
+from peftbench.record import measured
 from peftbench.rollout import virtual_tokens
 
 WARMUP_TURNS = 2
@@ -140,25 +140,11 @@ def run_infer_round(case: Case, parent: pipeline.Parent) -> dict[str, Any]:
     }
     reasons = infer_values.null_reasons(case, device.type, phases.peak_unavailable)
     return {
-        "format": FORMAT,
-        "status": "ok",
-        "case_id": case.id,
-        "case_hash": case.hash,
-        "case": case.public().to_dict(),
-        "seed": settings.seed,
-        "start_unix_s": start_unix_s,
+        **pipeline.run_facts(case, device, quantization, start_unix_s),
         **measured(numbers, reasons, "infer"),
         "disturbances": values.taken_by_others(
             device, {"during the measurement": [phases.readings["measure"]]}
         ),
-        "device": pipeline.device_name(device),
-        "device_uuid": pipeline.device_uuid(device),
-        "emulated_gpu_memory_bytes": settings.gpu_memory_limit_bytes or None,
-        "threads": torch.get_num_threads(),
-        "model_revision": models.find_model(case.model).revision,
-        "base_dtype": case.weights_dtype,
-        "quantization": quantization,
-        "weights_hash": models.weights_hash(case.model, settings.weights, settings.seed),
         "phases": {name: asdict(reading) for name, reading in phases.readings.items()},
         "turns": [{name: asdict(turn) for name, turn in cycle.items()} for cycle in cycles],
     }
@@ -217,7 +203,7 @@ def answer(model: Any, prompt: torch.Tensor, new_tokens: int) -> Answer:
     The clock of the prefill stops when the first new token is known, that of the decode steps when
     the last is; a GPU is waited for at these three moments only.
     """
-    inner = inner_model(model)
+    inner = adapters.inner_model(model)
     first = model if virtual_tokens(model) else inner  # a prefix is put in by its wrapper
     synchronize(prompt.device)
     started = time.perf_counter()
@@ -237,11 +223,6 @@ def answer(model: Any, prompt: torch.Tensor, new_tokens: int) -> Answer:
     return Answer(torch.cat(tokens, -1), turn, size)
 
 
-def inner_model(model: Any) -> Any:
-    """The model that holds the adapter's layers, as PEFT's own `generate` uses it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def measure(
     trees: dict[str, Any], prompt: torch.Tensor, new_tokens: int, turns: int
 ) -> list[Cycle]:
@@ -259,7 +240,7 @@ def measure(
 def turn_of(model: Any, prompt: torch.Tensor, new_tokens: int) -> Turn:
     """One turn, after a pass over one column that is not timed: whose weights the caches of the
     processor held before, base and adapter having them in common, must not matter."""
-    inner_model(model)(input_ids=prompt[:, :1], use_cache=False)
+    adapters.inner_model(model)(input_ids=prompt[:, :1], use_cache=False)
     return answer(model, prompt, new_tokens).turn
 
 

@@ -203,28 +203,14 @@ def run_round(
         "kl_to_base_nats_per_token": kl,
     }
     return {
-        "format": FORMAT,
-        "status": "ok",
-        "case_id": case.id,
-        "case_hash": case.hash,
-        "case": case.public().to_dict(),
-        "seed": settings.seed,
-        "start_unix_s": start_unix_s,
+        **run_facts(case, device, quantization, start_unix_s),
         **measured(numbers, values.null_reasons(case, device, phases, peak_flops_per_s)),
         "disturbances": values.disturbances(phases, device, training.compilation),
-        "device": device_name(device),
-        "device_uuid": device_uuid(device),
-        "emulated_gpu_memory_bytes": settings.gpu_memory_limit_bytes or None,
-        "threads": torch.get_num_threads(),
         "adapter_dtype": ", ".join(
             sorted(
                 {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
             )
         ),
-        "model_revision": models.find_model(case.model).revision,
-        "base_dtype": case.weights_dtype,
-        "quantization": quantization,
-        "weights_hash": models.weights_hash(case.model, settings.weights, settings.seed),
         "data": task.name,
         "data_digest": task.digest,
         "phases": {name: asdict(reading) for name, reading in phases.readings.items()},
@@ -237,6 +223,30 @@ def run_round(
         "items": values.item_outcomes(quality, base, gap),
         "tasks": values.task_values(quality, base),
         "samples": values.samples_text(task, base, quality, tokenizer),
+    }
+
+
+def run_facts(
+    case: Case, device: torch.device, quantization: dict[str, Any] | None, start_unix_s: float
+) -> dict[str, Any]:
+    """What a record of either kind says first: the case, and on what its round ran."""
+    settings = case.settings
+    return {
+        "format": FORMAT,
+        "status": "ok",
+        "case_id": case.id,
+        "case_hash": case.hash,
+        "case": case.public().to_dict(),
+        "seed": settings.seed,
+        "start_unix_s": start_unix_s,
+        "device": device_name(device),
+        "device_uuid": device_uuid(device),
+        "emulated_gpu_memory_bytes": settings.gpu_memory_limit_bytes or None,
+        "threads": torch.get_num_threads(),
+        "model_revision": models.find_model(case.model).revision,
+        "base_dtype": case.weights_dtype,
+        "quantization": quantization,
+        "weights_hash": models.weights_hash(case.model, settings.weights, settings.seed),
     }
 
 

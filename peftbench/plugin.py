@@ -206,21 +206,15 @@ def refuse_other_modes(config: pytest.Config) -> None:
 
 def check_json_folder(config: pytest.Config) -> None:
     """Make the file's folder: pytest-benchmark opens it when everything has been measured."""
-    target = config.getoption("benchmark_json", None)
-    if target is None:
+    path = gate.json_path(config)
+    if path is None:
         return
-    path = json_path(target)
     with contextlib.suppress(OSError):  # the sentence below says it
         path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK | os.X_OK) or path.is_dir():
         raise UserError(
             f"--benchmark-json {str(path)!r} cannot be written; give a file in a folder that can be"
         )
-
-
-def json_path(target: Any) -> Path:
-    """Of what `--benchmark-json` has become: a path, or pytest-benchmark's file that is one."""
-    return Path(target if isinstance(target, (str, os.PathLike)) else target.name)
 
 
 def writable_folder(folder: Path) -> Path:
@@ -416,7 +410,8 @@ class FileGuard:
             if ours is None:
                 raise
             session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
-            target = json_path(session.config.getoption("benchmark_json")).name
+            path = gate.json_path(session.config)
+            target = "the file" if path is None else path.name
             ours.not_written = (
                 f"{target} could not be written ({error.strerror}); every finished round is kept:"
                 f" make room and run again with --resume {ours.run_id}"
@@ -458,8 +453,8 @@ def pytest_terminal_summary(
 def pytest_unconfigure(config: pytest.Config) -> None:
     """pytest-benchmark writes no file when no case has a time: then ours holds the statuses."""
     session = config.stash.get(SESSION, None)
-    target = config.getoption("benchmark_json", None)
+    target = gate.json_path(config)
     if session is None or target is None or any(r["status"] == "ok" for r in session.rows):
         return
     empty = {"benchmarks": [], "machine_info": {}, "commit_info": {}, "version": "5.3.1"}
-    write_atomically(json_path(target), dumps(empty | {"peftbench": session_json(session)}))
+    write_atomically(target, dumps(empty | {"peftbench": session_json(session)}))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from peftbench.adapters import inner_model
 from peftbench.batches import last_columns
 from peftbench.compiling import compile_layers
 from peftbench.data.task import TokenPair
@@ -62,8 +63,7 @@ def sample(
     ids, mask = pad_left(prompts, device)
     prefix = virtual_tokens(model)
     # the adapter's layers are inside the base; a prefix is in the cache after the first pass
-    inner = few_rows_tree(model.get_base_model() if hasattr(model, "get_base_model") else model,
-                          len(prompts))  # fmt: skip
+    inner = few_rows_tree(inner_model(model), len(prompts))
     padded = any(len(p) < ids.shape[1] for p in prompts)
     present = torch.ones((len(prompts), prefix + ids.shape[1] + length), device=device).long()
     present[:, prefix : prefix + ids.shape[1]] = mask
