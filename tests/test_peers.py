@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts" / "peers"))
 
+import compare_ppo  # noqa: E402
 from compare_ppo import TINY, folder_of, in_turns, of_floor, of_runs, together, token_prompts  # noqa: E402
 from sides import Goal, run_side, steady, table  # noqa: E402
 from work import PPOWork  # noqa: E402
@@ -27,7 +30,9 @@ def test_a_steady_time_leaves_the_first_out():
     assert steady([9.0, 1.0, 3.0, 2.0]) == 2.0
 
 
-def test_sides_take_turns_and_a_sides_turns_are_one_outcome(capsys):
+def test_sides_take_turns_and_a_sides_turns_are_one_outcome(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_ppo, "KEPT", tmp_path / "peers" / "sides.json")
+
     def outcome(seconds: list[float], floor_s: float, peak: int) -> dict:
         run = {"update_s": seconds, "floor": {"learn_s": floor_s}}
         return {"runs": [run], "peak_growth_bytes": peak, "other_cpu_ratio": floor_s,
@@ -46,6 +51,42 @@ def test_sides_take_turns_and_a_sides_turns_are_one_outcome(capsys):
     assert own["other_cpu_ratio"] == 2
     assert own["machine"] == {"matmul_flops_per_s": 20}
     assert "own, turn 2 of 2" in capsys.readouterr().err
+    assert json.loads(compare_ppo.KEPT.read_text()) == found
+
+
+def test_a_comparison_makes_its_table_of_what_every_side_gives(tmp_path, monkeypatch):
+    """Each side's outcome in the form that its script writes, with numbers that are easy to see."""
+    monkeypatch.setattr(compare_ppo, "KEPT", tmp_path / "sides.json")
+    monkeypatch.setattr(compare_ppo, "TURNS", 2)
+    order: list[tuple[str, str, str]] = []
+
+    def side(python: Path, script: str, work: dict[str, Any]) -> dict[str, Any]:
+        order.append((script, work.get("value", ""), work.get("compile", "")))
+        if script == "own_pairs.py":
+            return {"step_s": [1.0], "peak_growth_bytes": 2**30, "trainable_params": 5}
+        factor = 3.0 if script == "trl_ppo.py" else 1.0
+        run = {name: [9.0, factor, factor] for name in ("update_s", "rollout_s", "score_s",
+                                                        "learn_s")}  # fmt: skip
+        if script == "own_ppo.py":
+            rates = {"read_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11}
+            run |= {"floor": rates | {"token_step_s": 0.01, "rollout_s": 0.5, "learn_s": 0.8,
+                                      "score_s": 0.5, "read_bytes_per_step": 1e8},
+                    "compile_s": 4.0, "compilation": {"cache": "cold", "layers": {"policy": 30},
+                                                      "graph_breaks": 0}}  # fmt: skip
+        return {"runs": [run | {"trainable_params": 7}], "peak_growth_bytes": factor * 2**30,
+                "other_cpu_ratio": 0.0,
+                "machine": {"matmul_flops_per_s": 1e11, "read_bytes_per_s": 1e10}}  # fmt: skip
+
+    monkeypatch.setattr(compare_ppo, "run_side", side)
+    numbers, text = compare_ppo.measure(Path("python"), "smoke")
+    assert len(order) == 2 * 6 + 1
+    assert order[:6] == order[6:12]
+    assert order[12][0] == "own_pairs.py"
+    assert [goal["value"] for goal in numbers["goals"]] == pytest.approx(
+        [3, 3, 3, 1 / 3, 1 / 3, 1 / 3, 1, 2, 1.25]
+    )
+    assert text.count("MISSED") == 0
+    assert "(policy 30) in 4.0 s (cold cache), 4.0 s (cold cache) before" in text
 
 
 def test_a_table_has_columns_of_one_width():

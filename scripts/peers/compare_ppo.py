@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sides import Goal, run_side, table
+from sides import ROOT, Goal, run_side, table
 from work import PairsWork, PPOWork, described
 
 from peftbench import models
@@ -18,6 +18,7 @@ from peftbench.case import Settings
 from peftbench.data import assets
 from peftbench.data.loading import load_task
 from peftbench.data.task import TokenPair
+from peftbench.record import dumps, write_atomically
 from peftbench.summary import MIB
 
 OWN = Path(sys.executable)
@@ -27,6 +28,7 @@ HEAD, ADAPTER = "peftbench, value=head", "peftbench, value=adapter"
 COMPILED_HEAD, COMPILED_ADAPTER = f"{HEAD}, compiled", f"{ADAPTER}, compiled"
 AS_RUN, EQUAL = "TRL 1.12, as its users run it (a)", "TRL 1.12, equal parameters (b)"
 DPO = "peftbench's DPO, as many tokens"
+KEPT = ROOT / "output" / "peers" / "ppo-sides.json"
 TURNS = 2  # all sides once, and again: a machine's speed drifts by more than what is measured
 
 
@@ -47,9 +49,10 @@ def measure(trl_python: Path, sizes: str) -> tuple[dict[str, Any], str]:
         COMPILED_ADAPTER: lambda: own(compile="layers", value="adapter"),
         EQUAL: lambda: trl("adapter"),
         ADAPTER: lambda: own(value="adapter"),
-        DPO: lambda: run_side(OWN, "own_pairs.py", asdict(dpo_work(work))),
     }
     found = {name: together(turns) for name, turns in in_turns(run, TURNS).items()}
+    # of which only memory counts: it needs no second turn
+    found[DPO] = run_side(OWN, "own_pairs.py", asdict(dpo_work(work)))
     goals = goals_of(found)
     numbers = {
         "work": described(work),
@@ -68,6 +71,8 @@ def in_turns(
         for name, side in run.items():
             print(f"{name}, turn {turn + 1} of {turns} ...", file=sys.stderr, flush=True)
             found[name].append(side())
+            KEPT.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(KEPT, dumps(found))  # of a comparison that is stopped
     return found
 
 
