@@ -71,6 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_comparison_commands(commands)
     add_use_commands(commands)
     add_fit_command(commands)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 
@@ -353,7 +355,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["bench"]:
         return bench(given[1:])
-    options = build_parser().parse_args(given)
+    options, unknown = build_parser().parse_known_args(given)
+    if unknown:  # said by the command, whose usage helps; `parse_args` shows that of all commands
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         if options.command == "compare":
             return compare_files(options)

@@ -185,6 +185,12 @@ def answer_lines(found: list[Fit], memory_bytes: int, records: Sequence[Path]) -
     header = ["adapter", "method", "tokens", "checkpointing", "largest batch", "tokens/s",
               "peak MiB", "beyond it"]  # fmt: skip
     lines = [*table(header, cells), ""]
+    if any(f.peak_bytes is not None and f.peak_bytes > memory_bytes for f in found):
+        lines += [
+            "a peak above the limit: a round may also fill what its imports had reserved and not"
+            " used, which the limit does not see",
+            "",
+        ]
     fitting = [f for f in found if f.batch]
     if not fitting:
         return [*lines, f"nothing fits into {memory_bytes / MIB:,.0f} MiB"]

@@ -125,9 +125,9 @@ def run_again(ours: Session, cases: list[Case]) -> Session:
                     rounds.setup()
                     rounds.train()
                     rounds.teardown()
-                second.finish(case, rounds.record())
+                second.finish(rounds.record())
         except RoundStoppedError as stop:
-            second.finish(case, second.stopped(case, stop.outcome))
+            second.finish(second.stopped(case, stop.outcome))
     return second
 
 

@@ -208,6 +208,20 @@ def _cpu_quota_cores(group: Path) -> float | None:
     return None if quota == "max" else int(quota) / int(period)
 
 
+def free_memory_bytes() -> int | None:
+    """What this process could still take of the machine and its control group; None: unknown."""
+    file = Path("/proc/meminfo")
+    if not file.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in file.read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    group = _own_group()
+    limit = _memory_limit_bytes(group)
+    if limit is None:
+        return free
+    return min(free, max(0, limit - int((group / "memory.current").read_text())))
+
+
 def _memory_limit_bytes(group: Path) -> int | None:
     file = group / "memory.max"
     limit = file.read_text().strip() if file.exists() else "max"

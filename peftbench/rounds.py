@@ -90,6 +90,7 @@ class CaseRounds:
         self._sampler: Sampler | None = None
         self._earlier: dict[str, Any] | None = None  # the current round's, if it is on disk
         self.records: list[dict[str, Any]] = []
+        self.replayed = 0  # of the rounds, those that an interrupted run had finished
 
     def __enter__(self) -> CaseRounds:
         self._session.progress.case(self._case.id)
@@ -108,6 +109,7 @@ class CaseRounds:
         case = self._case.with_seed(self._case.settings.seed + round_index)
         self._earlier = session.earlier(self._case, case.settings.seed)
         if self._earlier is not None:
+            self.replayed += 1
             return
         job = self._job(case)
         self._sampler = session.sampler(self._case)
@@ -182,6 +184,7 @@ def run_case(session: Session, case: Case, benchmark: Any) -> dict[str, Any]:
 
     A case that stops early has its row too; whether that fails its test is the caller's to say.
     """
+    note = ""
     try:
         with CaseRounds(session, case) as rounds:
             benchmark.pedantic(
@@ -189,6 +192,8 @@ def run_case(session: Session, case: Case, benchmark: Any) -> dict[str, Any]:
                 rounds=session.rounds, iterations=1, warmup_rounds=0,
             )  # fmt: skip
             row = rounds.record()
+            if rounds.replayed:
+                note = f"  ({rounds.replayed} of {session.rounds} rounds from before the interrupt)"
         benchmark.extra_info.update(json.loads(dumps(row)))
     except RoundStoppedError as stop:
         row = session.stopped(case, stop.outcome) | {"traceback": stop.outcome.traceback}
@@ -200,7 +205,7 @@ def run_case(session: Session, case: Case, benchmark: Any) -> dict[str, Any]:
         # pytest-benchmark marks errors so, and Ctrl-C not: it would then fail on a row without a
         # time and write no file at all
         benchmark.has_error = True
-        session.finish(case, row)
+        session.finish(row)
         raise
-    session.finish(case, row)
+    session.finish(row, note)
     return row

@@ -155,10 +155,10 @@ class Session:
             raise RoundStoppedError(found)
         return found
 
-    def finish(self, case: Case, row: dict[str, Any]) -> None:
+    def finish(self, row: dict[str, Any], note: str = "") -> None:
         """Keep a case's row and show it."""
         self.rows.append(row)
-        self.progress.finished(result_line(row))
+        self.progress.finished(result_line(row) + note)
 
     def close(self) -> None:
         """Remove what only the session's own rounds need."""
@@ -167,7 +167,7 @@ class Session:
     def skip(self, case: Case, sentence: str) -> None:
         """A combination that cannot work: a row, but no child."""
         self.progress.case(case.id)
-        self.finish(case, self.stopped(case, Outcome("skipped", "collect", sentence)))
+        self.finish(self.stopped(case, Outcome("skipped", "collect", sentence)))
 
     def stopped(self, case: Case, outcome: Outcome) -> dict[str, Any]:
         """The row of a case that has no record."""

@@ -122,4 +122,8 @@ def add_setting_options(
         if option.kind is None:
             add(option.flag, action="store_true", default=None, dest=option.dest, help=option.help)
         else:
-            add(option.flag, type=option.kind, default=None, dest=option.dest, help=option.help)
+            metavar = option.flag[2:].replace("-", "_").upper()
+            add(
+                option.flag, type=option.kind, default=None, dest=option.dest, metavar=metavar,
+                help=option.help,
+            )  # fmt: skip

@@ -38,6 +38,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     A metric that is newer than the file is null with that reason.
     Raises: UserError for a file that is missing, no JSON, of another program, newer or damaged.
     """
+    if path.is_dir():
+        files = sorted(file.name for file in path.glob("*.json"))
+        raise UserError(
+            f"{str(path)!r} is a folder; `show` reads one file. In it are:"
+            f" {', '.join(files[-3:]) or 'no result files'}"
+        )
     data = read_json(path)
     with reading(path):
         return [_completed(record) for record in case_records(data)]

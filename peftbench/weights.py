@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peftbench import provenance
 from peftbench.errors import UserError
 from peftbench.quantization import (
+    BITS,
     Quantization,
     mark_quantized,
     names_to_quantize,
@@ -46,8 +48,8 @@ def load_pretrained(
         # accelerate refuses to train a 4-bit model whose device is "cuda" and not "cuda:0"
         device = torch.device("cuda", device.index or 0)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    _check_room(_skeleton(config, dtype), quantize, device)
     if quantize:
-        names_to_quantize(_skeleton(config, dtype), quantize)  # raises for sizes it cannot hold
         compute_dtype = pick_compute_dtype(dtype, device)
         options["quantization_config"] = quantization_config(quantize, compute_dtype)
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -74,7 +76,7 @@ def build_random(
     model = _skeleton(config, dtype)
     if device.type == "meta":
         return model
-    wanted = names_to_quantize(model, quantize) if quantize else frozenset()
+    wanted = _check_room(model, quantize, device)
     compute_dtype = pick_compute_dtype(dtype, device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
@@ -116,6 +118,32 @@ def _check_complete(source: str, info: dict[str, Any]) -> None:
             f"the checkpoint {source} lacks {len(missing)} of the model's weights, among them"
             f" {missing[0]}; give a checkpoint of a causal language model"
         )
+
+
+def _check_room(
+    skeleton: PreTrainedModel, quantize: Quantization | None, device: torch.device
+) -> frozenset[str]:
+    """The layers to quantise, whose sizes are checked as well.
+
+    Raises: MemoryError where a CPU's free memory is less than the weights alone. Linux promises
+    more than it has and ends whoever uses it; UserError for sizes that cannot be quantised.
+    """
+    wanted = names_to_quantize(skeleton, quantize) if quantize else frozenset()
+    free = provenance.free_memory_bytes() if device.type == "cpu" else None
+    if free is None:
+        return wanted
+    size = 0.0
+    for name, parameter in skeleton.named_parameters():
+        if quantize and name.removesuffix(".weight") in wanted:
+            size += parameter.numel() * BITS[quantize] / 8
+        else:
+            size += parameter.nbytes
+    if size > free:
+        raise MemoryError(
+            f"the weights take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of this machine's"
+            " memory are free; take a smaller model, or --dtype bfloat16 or a quantised adapter"
+        )
+    return wanted
 
 
 def _check_causal(config: PreTrainedConfig) -> None:

@@ -21,6 +21,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -109,6 +110,22 @@ def _clean_start() -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _start_server(context: BaseContext) -> None:
+    """Start the fork server, if it is not there, deaf to Ctrl-C.
+
+    A terminal sends it to every process: the server would end in the middle of its imports with a
+    traceback on the screen. Its children are ended by the parent that started them.
+    """
+    if context.get_start_method() != "forkserver":
+        return
+    resource_tracker.ensure_running()  # else the server starts it, and that ends the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()  # returns before the imports
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Child:
     """The parent's handle on one child. Use as a context manager: leaving it reaps the process."""
 
@@ -134,6 +151,7 @@ class Child:
         )
         try:
             with _clean_start():
+                _start_server(context)
                 self.process.start()
         except BaseException:  # Ctrl-C while the server imports: nobody has this object yet
             shutil.rmtree(self._scratch, ignore_errors=True)

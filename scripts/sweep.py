@@ -2,7 +2,8 @@
 
     python scripts/sweep.py
     python scripts/sweep.py --adapters pissa,prompt --methods ppo --factors 0.3,1,3
-    python scripts/sweep.py --preset cpu-real --methods sft --minutes 300
+    python scripts/sweep.py --preset cpu-real --methods sft --factors 0.25,1,4 --minutes 60 \
+        --eval-tokens 4096 --eval-pairs 16 --output results/sweeps/real
 
 Every case of the preset at its own rate of the tables times each factor. What each method itself
 optimises, on held-out data, is written as Markdown and JSON, the best rate in bold: a best rate at
@@ -35,6 +36,7 @@ from peftbench.preflight import impossible, preflight
 from peftbench.progress import Progress
 from peftbench.record import dumps, write_atomically
 from peftbench.session import Session, result_line
+from peftbench.setting_options import TRAIN_OPTIONS, add_setting_options
 
 ROOT = Path(__file__).resolve().parent.parent
 # the adapters whose rates were set by analogy
@@ -44,20 +46,31 @@ JUDGED = {"sft": "nll_per_token", "dpo": "preference_accuracy", "orpo": "prefere
           "ppo": "true_reward"}  # fmt: skip
 
 
+# what a sweep may change of them all; its rates are its own, and so are its seeds
+SETTINGS = tuple(o for o in TRAIN_OPTIONS if o.setting not in ("learning_rate", "seed"))
+
+
 def plan(options: argparse.Namespace) -> list[tuple[float, Case]]:
     """(factor, case) of every round, in the order in which they run."""
-    preset = PRESETS[options.preset]
+    preset, changed = PRESETS[options.preset], changes(options)
     models = options.models.split(",") if options.models else preset.models
     rounds = []
     for factor in sorted(options.factors, key=lambda f: (abs(math.log(f)), f)):
         for model in models:
             for adapter in options.adapters:
                 for method in options.methods:
-                    case = resolved(Case(model, adapter, method, preset.settings_of(method)))
+                    settings = replace(preset.settings_of(method), **changed)
+                    case = resolved(Case(model, adapter, method, settings))
                     rate = float(f"{case.settings.learning_rate * factor:.3g}")
                     scaled = replace(case, settings=replace(case.settings, learning_rate=rate))
                     rounds += [(factor, scaled.with_seed(seed)) for seed in range(options.seeds)]
     return rounds
+
+
+def changes(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that are given, in place of the preset's."""
+    given = {o.setting: getattr(options, o.dest) for o in SETTINGS}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def row_of(factor: float, case: Case, record: dict[str, Any]) -> dict[str, Any]:
@@ -144,11 +157,12 @@ def write(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
     where = provenance.describe()
     facts = {
         "schema": "peftbench-sweep",  # first: it lies among results
-        "preset": options.preset, "seeds": options.seeds, "commit": where["commit"],
-        "cpu": where["cpu"], "libraries": where["libraries"],
+        "preset": options.preset, "changes": changes(options), "seeds": options.seeds,
+        "commit": where["commit"], "cpu": where["cpu"], "libraries": where["libraries"],
     }  # fmt: skip
+    changed = "".join(f", {name} {value}" for name, value in changes(options).items())
     head = (
-        f"Preset {options.preset}, {options.seeds} seed(s), held-out data; commit"
+        f"Preset {options.preset}{changed}, {options.seeds} seed(s), held-out data; commit"
         f" {str(where['commit'])[:12]}, {where['cpu']}. A rate is the tables' times the factor."
     )
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +192,9 @@ def main() -> int:
     parser.add_argument("--resume", metavar="RUN_ID")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "sweeps" / "sweep",
                         help="without its ending: .md and .json are written")  # fmt: skip
+    add_setting_options(
+        parser.add_argument_group("settings, each in place of the preset's").add_argument, SETTINGS
+    )
     options = parser.parse_args()
     try:
         options.adapters = names_of("adapter", options.adapters, list(ADAPTERS))

@@ -37,6 +37,15 @@ def test_an_unknown_asset_is_one_line_and_exit_code_2(capsys):
     )
 
 
+def test_an_unknown_option_is_answered_with_the_usage_of_its_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--model", "m", "--adapter", "a", "--method", "sft", "--epoch", "3"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("usage: peftbench train ")
+    assert error.endswith("peftbench train: error: unrecognized arguments: --epoch 3\n")
+
+
 def test_no_command_is_a_usage_error():
     with pytest.raises(SystemExit) as stop:
         main([])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import made_sessions as made
 import numpy as np
@@ -100,6 +101,28 @@ def test_one_change_is_one_verdict(changes, metric, verdict, code):
     assert found.exit_code == code
     others = {r.verdict for key, r in rows.items() if key[0] != "m-lora-dpo"}
     assert others <= {"unchanged", "inconclusive"}
+
+
+def test_a_redefined_case_names_the_settings_that_changed():
+    """One that is newer than the older file counts as its default; more than three are counted."""
+    then = {"learning_rate": 0.004, "rank": 8, "threads": 2, "seed": 0}
+
+    def reason(**now: Any) -> str:
+        def side(hash_: str, settings: dict[str, Any]) -> dict[str, Any]:
+            facts = {"model": "m", "adapter": "lora", "method": "dpo", "settings": settings}
+            return made.case("m-lora-dpo", hash_=hash_, case=facts)
+
+        base = of(with_case(side("one", then)))
+        rows, _ = judged(with_case(side("other", then | now)), base=base)
+        return str(rows["m-lora-dpo", STATUS].reason)
+
+    assert reason(rank=16) == "its settings changed: rank was 8, now it is 16"
+    assert reason(rank=16, compile="layers") == (
+        "its settings changed: compile was none, now it is layers; rank was 8, now it is 16"
+    )
+    assert reason(compile="none") == "its settings changed: case one is now other"
+    many = reason(learning_rate=1.0, rank=16, threads=4, seed=3)
+    assert many.endswith("; seed was 0, now it is 3; 1 more")
 
 
 @pytest.mark.parametrize("status", ["oom", "timeout", "crashed", "failed", "invalid", "skipped"])

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import made_sessions as made
@@ -66,6 +71,28 @@ def test_more_memory_fits_a_larger_batch(tmp_path, monkeypatch, capfd):
         assert "fastest that fits" in out
     assert all(large >= 2 * small for small, large in zip(*batches, strict=True))
     assert Path("output/fit").is_dir()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the children")
+def test_ctrl_c_ends_it_without_a_traceback(tmp_path):
+    """As a terminal sends it: to the fork server as well, in the middle of its imports."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "peftbench", "fit", "--model", "tiny-gpt2", "--memory", "300MiB"],
+        cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+        # a shell's background jobs ignore Ctrl-C, and so would this one
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        ends = time.monotonic() + 60
+        while len(children.read_text().split()) < 2:  # the resource tracker and the server
+            assert time.monotonic() < ends
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.killpg(process.pid, signal.SIGINT)
+        text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "Traceback" not in text
 
 
 @pytest.mark.parametrize(

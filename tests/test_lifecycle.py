@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -284,6 +285,8 @@ def kill_and_resume(folder: Path, options: list[str], wait: Callable[[], object]
     before = {f.name: f.read_bytes() for f in runs_folder.glob("*-r?.json")}
     code, text = finish(start(folder, *options, "--resume", runs_folder.name))
     assert code == 0, text
+    said = re.findall(r"\((\d+) of \d+ rounds from before the interrupt\)", text)
+    assert sum(map(int, said)) == len(before)
     assert "torn.json is no round of run" in text
     assert (runs_folder / "torn.json").read_text() == '{"case_hash": '
     assert list(runs_folder.glob(".tmp-*")) == []

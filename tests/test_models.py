@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from peftbench import models
+from peftbench import models, provenance
 from peftbench.adapters import attach, count_params
 from peftbench.case import Settings
 from peftbench.errors import UserError
@@ -34,7 +34,13 @@ from peftbench.models import (
     parameter_bytes,
     weights_hash,
 )
-from peftbench.quantization import dequantize_layer, layers_4bit, layers_8bit, quantization_of
+from peftbench.quantization import (
+    Quantization,
+    dequantize_layer,
+    layers_4bit,
+    layers_8bit,
+    quantization_of,
+)
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 23).reshape(2, 10)
@@ -131,6 +137,35 @@ def test_llama_7b_has_its_known_parameter_counts_on_the_meta_device() -> None:
 def test_smollm2_config_gives_the_checkpoints_parameter_count() -> None:
     model = load("smollm2-135m-instruct-q4", weights="random", device=torch.device("meta"))
     assert count_params(model)[0] == 134_515_008
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize(
+    ("quantize", "size"),
+    [
+        (None, 4 * 124_439_808),
+        # 4 linear layers a block: 768 x (2304 + 768 + 3072 + 3072) weights at half a byte
+        ("nf4", 4 * 124_439_808 - 12 * 768 * 9216 * 7 // 2),
+    ],
+)
+def test_weights_that_the_machine_cannot_hold_are_out_of_memory_before_they_are_made(
+    monkeypatch: pytest.MonkeyPatch, quantize: Quantization | None, size: int
+) -> None:
+    monkeypatch.setattr(provenance, "free_memory_bytes", lambda: size - 1)
+    with pytest.raises(MemoryError, match=r"the weights take 0\.\d GiB, and 0\.\d GiB of this"):
+        load("gpt-2", weights="random", quantize=quantize)
+    monkeypatch.setattr(provenance, "free_memory_bytes", lambda: size)
+    assert load("gpt-2", weights="random", quantize=quantize) is not None
+
+
+def test_a_checkpoint_that_the_machine_cannot_hold_is_out_of_memory(
+    monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.setattr(provenance, "free_memory_bytes", lambda: 1000)
+    with pytest.raises(MemoryError, match="the weights take"):
+        load(folder)
 
 
 # --- loading ---

@@ -179,6 +179,20 @@ def test_no_limit_is_null(tmp_path):
     assert provenance._memory_limit_bytes(tmp_path) is None
 
 
+def test_free_memory_is_the_machines_or_what_the_control_group_leaves(tmp_path, monkeypatch):
+    of_machine = provenance._memory_bytes()
+    free = provenance.free_memory_bytes()
+    assert of_machine is not None
+    assert free is not None
+    assert 2**28 < free <= of_machine
+    monkeypatch.setattr(provenance, "_own_group", lambda: tmp_path)
+    (tmp_path / "memory.max").write_text(f"{2**28}\n")
+    (tmp_path / "memory.current").write_text(f"{2**27}\n")
+    assert provenance.free_memory_bytes() == 2**27
+    (tmp_path / "memory.current").write_text(f"{2**29}\n")
+    assert provenance.free_memory_bytes() == 0
+
+
 def test_cores_of_the_process_are_not_those_of_the_machine(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {1, 4, 6}, raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 8)

@@ -373,7 +373,7 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
         "no case": f"FILE holds no case: the run ended before its first one; {GIVE}",
         "damaged": f"FILE is damaged: tiny-gpt2-full-sft is ok but has no record in it; {GIVE}",
         "missing": f"cannot read FILE (No such file or directory); {GIVE}",
-        "a folder": f"cannot read FILE (Is a directory); {GIVE}",
+        "a folder": "FILE is a folder; `show` reads one file. In it are: i.json, n.json, run.json",
     }
     found = {k: ([str(files[k])], m.replace("FILE", repr(str(files[k])), 1))
              for k, m in messages.items()}  # fmt: skip

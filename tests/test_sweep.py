@@ -40,7 +40,7 @@ def test_the_best_rate_is_bold_and_a_divergence_is_named():
 def test_the_table_rates_come_first_and_then_the_nearest_ones():
     options = argparse.Namespace(
         preset="quick", models="tiny-gpt2", adapters=["ln", "pissa"], methods=["dpo"],
-        factors=[0.25, 1.0, 2.0], seeds=1,
+        factors=[0.25, 1.0, 2.0], seeds=1, **dict.fromkeys(o.dest for o in sweep.SETTINGS),
     )  # fmt: skip
     found = [(f, c.adapter, c.settings.learning_rate) for f, c in sweep.plan(options)]
     assert found == [
@@ -49,6 +49,9 @@ def test_the_table_rates_come_first_and_then_the_nearest_ones():
         for a in ("ln", "pissa")
     ]
     assert len({c.hash for _, c in sweep.plan(options)}) == 6
+    options.peftbench_pairs = 16
+    assert {c.settings.pairs for _, c in sweep.plan(options)} == {16}
+    assert sweep.changes(options) == {"pairs": 16}
 
 
 def test_what_is_swept_unless_said_is_in_the_table_and_an_unknown_name_is_refused():

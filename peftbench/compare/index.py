@@ -21,10 +21,11 @@ from peftbench.compare.load import CaseRow, Round, Session, read_session
 from peftbench.data.assets import cache_dir
 from peftbench.metrics import METRICS
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 OF_SESSION = tuple(f.name for f in fields(Session) if f.name not in ("name", "cases"))
 OF_CASE = tuple(f.name for f in fields(CaseRow) if f.name != "rounds")
-SHARED = ("axes", "environment", "inputs", "null_reasons")  # mostly the same in many cases
+# mostly the same in many cases
+SHARED = ("axes", "environment", "inputs", "null_reasons", "settings")
 
 
 def read_indexed(path: Path) -> Session:

@@ -51,6 +51,7 @@ class CaseRow:
     null_reasons: dict[str, str]
     rounds: tuple[Round, ...]
     task_digests: dict[str, str] = field(default_factory=dict)  # of the items, by metric
+    settings: dict[str, str] = field(default_factory=dict)  # a newer one is not there
 
     @cached_property
     def task_metrics(self) -> frozenset[str]:
@@ -142,6 +143,7 @@ def case_row(record: dict[str, Any]) -> CaseRow:
             task_metric(name): str(task["digest"])
             for name, task in (record.get("tasks") or {}).items()
         },
+        settings={str(k): str(v) for k, v in (case.get("settings") or {}).items()},
     )
 
 

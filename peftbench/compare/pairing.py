@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from peftbench.case import Settings
 from peftbench.compare.load import CaseRow, Key, Round, Session
 from peftbench.compare.rules import Rule, Rules
 from peftbench.compare.verdicts import Row, plain_row, status_row, whole_case
+
+MOST_SETTINGS = 3  # named in one reason
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,9 @@ def judge_case(
     tasks = new.task_metrics if base is None else base.task_metrics | new.task_metrics
     gated = rules.gated(new.case_id, tasks)
     if base is not None and base.case_hash != new.case_hash:
-        reason = f"its settings changed: case {base.case_hash} is now {new.case_hash}"
-        return whole_case(new, gated, "redefined", reason, base.status, new.status), None
+        return whole_case(
+            new, gated, "redefined", settings_change(base, new), base.status, new.status
+        ), None  # fmt: skip
     earlier = latest(history, (new.case_id, new.case_hash))
     if new.status != "ok":
         return failed_case(base or earlier, new, gated), None
@@ -91,6 +95,20 @@ def judge_case(
     elif base.status != "ok":
         verdict, reason = "improved", f"was {base.status}; compared with the last session it was ok"
     return [status_row(new, verdict, reason, before, "ok")], Pair(with_numbers, new)
+
+
+def settings_change(base: CaseRow, new: CaseRow) -> str:
+    """What two cases of one name have otherwise; their hashes where no setting tells."""
+    defaults = {f.name: str(f.default) for f in fields(Settings)}  # of those newer than a file
+    before, now = defaults | base.settings, defaults | new.settings
+    changed = [n for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
+    told = [f"{n} was {before.get(n, 'unknown')}, now it is {now.get(n, 'unknown')}"
+            for n in changed[:MOST_SETTINGS]]  # fmt: skip
+    if len(changed) > MOST_SETTINGS:
+        told.append(f"{len(changed) - MOST_SETTINGS} more")
+    if not (base.settings and new.settings and changed):
+        told = [f"case {base.case_hash} is now {new.case_hash}"]
+    return f"its settings changed: {'; '.join(told)}"
 
 
 def failed_case(base: CaseRow | None, new: CaseRow, gated: list[Rule]) -> list[Row]:
