@@ -2,8 +2,8 @@
 
 Every round runs in a fresh process, so no round sees another's allocator, caches or patched
 modules. Children are forked from a server that has the heavy modules imported (first child some
-seconds, every later one some hundredths), or spawned where the platform has no fork server. The
-server only imports: a threaded operation in it would hang every child.
+seconds, every later one some hundredths; preloaded.py), or spawned where the platform has no fork
+server. The server only imports: a threaded operation in it would hang every child.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from typing import Any
 
 from peftbench.case import Case
 from peftbench.privacy import clean_file, without_secrets
-from peftbench.provenance import torch_cuda_version
 
 # On a CUDA build `import peft` imports bitsandbytes, which asks for the device's capability: CUDA
 # would be initialised in the server, and no forked child could use it any more.
@@ -84,8 +83,7 @@ def process_context() -> BaseContext:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    preload = PRELOAD_CUDA if torch_cuda_version() else PRELOAD_CPU
-    context.set_forkserver_preload([*preload, "peftbench.preloaded"])
+    context.set_forkserver_preload(["peftbench.preloaded"])
     return context
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from peftbench import provenance
 from peftbench.adapters import ADAPTERS
-from peftbench.case import PRESETS, Case
+from peftbench.case import PRESETS, Case, check_settings
 from peftbench.errors import UserError, unknown_name
 from peftbench.fit import try_case
 from peftbench.methods import METHODS, stages
@@ -60,6 +60,7 @@ def plan(options: argparse.Namespace) -> list[tuple[float, Case]]:
             for adapter in options.adapters:
                 for method in options.methods:
                     settings = replace(preset.settings_of(method), **changed)
+                    check_settings(settings)
                     case = resolved(Case(model, adapter, method, settings))
                     rate = float(f"{case.settings.learning_rate * factor:.3g}")
                     scaled = replace(case, settings=replace(case.settings, learning_rate=rate))

@@ -49,9 +49,12 @@ def test_the_table_rates_come_first_and_then_the_nearest_ones():
         for a in ("ln", "pissa")
     ]
     assert len({c.hash for _, c in sweep.plan(options)}) == 6
-    options.peftbench_pairs = 16
-    assert {c.settings.pairs for _, c in sweep.plan(options)} == {16}
-    assert sweep.changes(options) == {"pairs": 16}
+    options.peftbench_pairs = 64
+    assert {c.settings.pairs for _, c in sweep.plan(options)} == {64}
+    assert sweep.changes(options) == {"pairs": 64}
+    options.peftbench_pairs = 0
+    with pytest.raises(UserError, match="pairs is 0; it must be at least 1"):
+        sweep.plan(options)
 
 
 def test_what_is_swept_unless_said_is_in_the_table_and_an_unknown_name_is_refused():
