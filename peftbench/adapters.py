@@ -37,6 +37,7 @@ class AdapterRow:
     quantization: Quantization | None  # of the base
     merges: bool  # its effect can be folded into the base's weights
     learning_rates: Mapping[str, float]  # by method; a model's row may have its own
+    papers: tuple[str, ...] = ()  # arXiv numbers
 
 
 def _full(model: PreTrainedModel, settings: Settings) -> None:
@@ -165,66 +166,79 @@ ADAPTERS: dict[str, AdapterRow] = {
         quantization=None, merges=True,
         # reward: of PPO's reward model, which is a LoRA adapter whatever the policy's is
         learning_rates={"sft": 5e-4, "dpo": 1e-4, "orpo": 2e-4, "ppo": 1e-4, "reward": 1e-4},
+        papers=("2106.09685",),
     ),
     "qlora": AdapterRow(
         "lora over a base held in 4 bits (NF4, double quantisation)", "reparametrised", _lora,
         quantization="nf4", merges=True,
         learning_rates={"sft": 5e-4, "dpo": 1e-4, "orpo": 2e-4, "ppo": 1e-4},
+        papers=("2305.14314",),
     ),
     "ia3": AdapterRow(
         "learned scales of keys, values and feed-forward activations", "additive", _ia3,
         quantization=None, merges=True,
         learning_rates={"sft": 1e-2, "dpo": 5e-3, "orpo": 5e-3, "ppo": 5e-3},
+        papers=("2205.05638",),
     ),
     "prefix": AdapterRow(
         "learned keys and values before the first token", "additive", _prefix,
         quantization=None, merges=False,
         learning_rates={"sft": 1e-2, "dpo": 5e-3, "orpo": 5e-3, "ppo": 5e-3},
+        papers=("2101.00190", "2110.07602"),
     ),
     "dora": AdapterRow(
         "lora of the weights' directions, their lengths beside it", "reparametrised", _dora,
         quantization=None, merges=True,
         learning_rates={"sft": 5e-4, "dpo": 1e-4, "orpo": 2e-4, "ppo": 1e-4},
+        papers=("2402.09353",),
     ),
     "rslora": AdapterRow(
         "lora scaled by alpha / sqrt(rank)", "reparametrised", _rslora,
         quantization=None, merges=True,
         learning_rates={"sft": 2e-4, "dpo": 5e-5, "orpo": 1e-4, "ppo": 5e-5},
+        papers=("2312.03732",),
     ),
     "vera": AdapterRow(
         "learned scales between random matrices that all layers share", "reparametrised", _vera,
         quantization=None, merges=True,
         learning_rates={"sft": 1e-2, "dpo": 2e-3, "orpo": 5e-3, "ppo": 2e-3},
+        papers=("2310.11454",),
     ),
     "ln": AdapterRow(
         "the norms' own weights", "selective", _ln,
         quantization=None, merges=True,
         learning_rates={"sft": 2e-3, "dpo": 5e-4, "orpo": 1e-3, "ppo": 5e-4},
+        papers=("2312.11420",),
     ),
     "pissa": AdapterRow(
         "lora that starts at the weights' principal components", "reparametrised", _lora,
         quantization=None, merges=True,
         learning_rates={"sft": 2e-4, "dpo": 5e-5, "orpo": 1e-4, "ppo": 5e-5},
+        papers=("2404.02948",),
     ),
     "lora-8bit": AdapterRow(
         "lora over a base held in 8 bits (LLM.int8)", "reparametrised", _lora,
         quantization="int8", merges=True,
         learning_rates={"sft": 5e-4, "dpo": 1e-4, "orpo": 2e-4, "ppo": 1e-4},
+        papers=("2208.07339",),
     ),
     "lora-bias": AdapterRow(
         "lora, the biases and the norms' own weights", "hybrid", _lora_bias,
         quantization=None, merges=True,
         learning_rates={"sft": 5e-4, "dpo": 1e-4, "orpo": 2e-4, "ppo": 1e-4},
+        papers=("2106.09685", "2106.10199", "2312.11420"),
     ),
     "bitfit": AdapterRow(
         "the biases", "selective", _bitfit,
         quantization=None, merges=True,
         learning_rates={"sft": 2e-3, "dpo": 5e-4, "orpo": 1e-3, "ppo": 5e-4},
+        papers=("2106.10199",),
     ),
     "prompt": AdapterRow(
         "learned embeddings before the first token", "additive", _prompt,
         quantization=None, merges=False,
         learning_rates={"sft": 3e-2, "dpo": 1e-2, "orpo": 2e-2, "ppo": 1e-2},
+        papers=("2104.08691",),
     ),
 }  # fmt: skip
 

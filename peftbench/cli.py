@@ -130,7 +130,10 @@ def list_tables() -> None:
 
     sections = {
         "models": [[n, m.about] for n, m in MODELS.items()],
-        "adapters": [[n, f"{a.about} ({a.family})"] for n, a in ADAPTERS.items()],
+        "adapters": [
+            [n, "; ".join((f"{a.about} ({a.family})", *(f"arXiv {paper}" for paper in a.papers)))]
+            for n, a in ADAPTERS.items()
+        ],
         "methods": [
             *([n, m.name] for n, m in METHODS.items()),
             [INFER, "no training: what the adapter costs when the model answers"],

@@ -3,7 +3,7 @@
     python scripts/sweep.py
     python scripts/sweep.py --adapters pissa,prompt --methods ppo --factors 0.3,1,3
     python scripts/sweep.py --preset cpu-real --methods sft --factors 0.25,1,4 --minutes 60 \
-        --eval-tokens 4096 --eval-pairs 16 --output results/sweeps/real
+        --pairs 64 --eval-tokens 4096 --eval-pairs 16 --output results/sweeps/real
 
 Every case of the preset at its own rate of the tables times each factor. What each method itself
 optimises, on held-out data, is written as Markdown and JSON, the best rate in bold: a best rate at
@@ -191,7 +191,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=25.0, help="no round starts after them")
     parser.add_argument("--resume", metavar="RUN_ID")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "sweeps" / "sweep",
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "sweeps" / "tiny",
                         help="without its ending: .md and .json are written")  # fmt: skip
     add_setting_options(
         parser.add_argument_group("settings, each in place of the preset's").add_argument, SETTINGS

@@ -18,6 +18,10 @@ def test_list_names_everything_that_has_a_row(capsys):
     words = capsys.readouterr().out.split()
     for table in (MODELS, ADAPTERS, METHODS, DATA, PRESETS):
         assert set(table) <= set(words)
+    assert all(row.papers or name == "full" for name, row in ADAPTERS.items())
+    assert {paper for row in ADAPTERS.values() for paper in row.papers} <= {
+        word.rstrip(";") for word in words
+    }
 
 
 def test_assets_list_says_what_is_in_the_cache(capsys, monkeypatch, tmp_path):
