@@ -76,7 +76,12 @@ MODELS: dict[str, ModelRow] = {
     "smollm2-135m-instruct-q4": ModelRow(
         "asset", "smollm2-135m-instruct-q4",
         # of 64 steps on query and value alone; 4e-3 diverges with DPO
-        learning_rates={a: {"dpo": 2e-3, "orpo": 3e-3} for a in ("lora", "qlora")},
+        learning_rates={
+            **{a: {"dpo": 2e-3, "orpo": 3e-3} for a in ("lora", "qlora")},
+            # by the sweep in results/sweeps/real.md, 32 steps; all at the end of its grid
+            **{a: {"sft": 2e-3} for a in ("dora", "lora-8bit", "lora-bias")},
+            "rslora": {"sft": 8e-4}, "vera": {"sft": 0.04},
+        },
         about="SmolLM2-135M-Instruct dequantised from Q4_1, out of a PyPI wheel; its figures are"
         " not the original's",
         config={
