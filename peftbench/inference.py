@@ -142,9 +142,12 @@ def run_infer_round(case: Case, parent: pipeline.Parent) -> dict[str, Any]:
     return {
         **pipeline.run_facts(case, device, quantization, start_unix_s),
         **measured(numbers, reasons, "infer"),
-        "disturbances": values.taken_by_others(
-            device, {"during the measurement": [phases.readings["measure"]]}
-        ),
+        "disturbances": [
+            *values.taken_by_others(
+                device, {"during the measurement": [phases.readings["measure"]]}
+            ),
+            *values.stood_still(phases),
+        ],
         "phases": {name: asdict(reading) for name, reading in phases.readings.items()},
         "turns": [{name: asdict(turn) for name, turn in cycle.items()} for cycle in cycles],
     }

@@ -109,6 +109,7 @@ METRICS: dict[str, Metric] = {
     "rollout_s": Metric("s", "lower", "noisy", 0.03, "PPO: wall time of sampling completions, within the training window."),
     "score_s": Metric("s", "lower", "noisy", 0.03, "PPO: wall time of old log-probabilities and values, reference and reward, within the training window."),
     "update_s": Metric("s", "lower", "noisy", 0.03, "PPO: wall time of the optimiser steps, within the training window."),
+    "collect_s": Metric("s", "none", "info", 0.0, "Wall time to read what the training left: losses, sizes of gradients and optimiser state, whether all weights are finite."),
     "evaluate_s": Metric("s", "lower", "noisy", 0.05, "Wall time of the evaluation after training; the base is scored once per session, outside the cases."),
     "tasks_s": Metric("s", "lower", "info", 0.0, "Wall time of the tasks of `--tasks`, the trained model's; the base's are outside the cases."),
     "compare_s": Metric("s", "none", "info", 0.0, "Wall time to compare the trained model with its base (KL, moved entries); `full` loads the base anew for it."),
@@ -239,7 +240,8 @@ def metric_of(name: str) -> Metric:
 
 PHASES: tuple[str, ...] = (
     "import", "load", "attach", "data", "check", "prepare", "sft", "reward_model", "reference",
-    "compile", "warmup", "train", "evaluate", "tasks", "compare", "save", "merge", "count",
+    "compile", "warmup", "train", "collect", "evaluate", "tasks", "compare", "save", "merge",
+    "count",
 )  # fmt: skip
 """The phases of a round, in order. `sft`, `reward_model`, `reference`, `compile`, `tasks` and `merge`
 have no time where there is none of it."""

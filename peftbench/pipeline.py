@@ -2,8 +2,8 @@
 
     pytest (plugin.py)  ->  one fresh child process per round (worker.py)  ->  run_round, below:
     import -> load -> attach -> data -> check -> prepare -> (sft) -> (reward model) -> (reference)
-    -> (compile) -> warm up -> [go] -> train -> evaluate -> (tasks) -> compare -> save
-    -> merge -> count
+    -> (compile) -> warm up -> [go] -> train -> collect -> evaluate -> (tasks) -> compare
+    -> save -> merge -> count
 
 The parent process collects, shows progress and writes files; it never imports torch (but for
 `--report-to`, when all is measured). The child
@@ -82,6 +82,7 @@ class Gate:
 
     def trained(self) -> None:
         self._phases.leave(stopped=self._parent.trained)
+        self._phases.enter("collect")
 
 
 def run_round(

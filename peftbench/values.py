@@ -146,7 +146,14 @@ def disturbances(
     })  # fmt: skip
     if compilation is not None and (times := compilation["recompilations_in_training"]):
         found.append(f"torch.compile compiled {times} times while the training clock ran")
-    return found
+    return found + stood_still(phases)
+
+
+def stood_still(phases: Phases) -> list[str]:
+    """A sentence where time passed between two phases in which this process did nothing."""
+    if phases.stalled_s == 0:
+        return []
+    return [f"this machine stood still for {phases.stalled_s:.2f} s between two phases"]
 
 
 def taken_by_others(device: torch.device, windows: dict[str, list[PhaseReading]]) -> list[str]:

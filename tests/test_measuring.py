@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peftbench import training
+from peftbench import training, values
 from peftbench.case import Case, Settings
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.measuring import host, phases
@@ -30,7 +30,6 @@ from peftbench.pipeline import Gate
 from peftbench.progress import Progress
 from peftbench.session import Session
 from peftbench.training import Training, gradient_bytes, state_bytes
-from peftbench.values import disturbances, work_values
 
 CPU = torch.device("cpu")
 MB = 1_000_000
@@ -169,33 +168,50 @@ def test_phases_that_leave_time_out_are_refused(monkeypatch):
     watch.leave()
     watch.check_sum()
     assert watch.between_s == pytest.approx(0.3, abs=0.1)
-    monkeypatch.setattr(watch, "_announce", lambda name: time.sleep(0.3))
+    assert values.stood_still(watch) == []
+    monkeypatch.setattr(watch, "_announce", spin)  # work that is in no phase
     watch.enter("count")
     watch.leave()
-    with pytest.raises(UnaccountedTimeError, match=r"sum to 0\.1\d+ s of a round of 0\.4"):
+    with pytest.raises(UnaccountedTimeError, match=r"of a round of 0\.[34]\d* s, and 0\.2"):
         watch.check_sum()
+
+
+def spin(name: str) -> None:
+    end = time.thread_time() + 0.2
+    while time.thread_time() < end:
+        pass
+
+
+def test_a_machine_that_stands_still_disturbs_a_round_and_does_not_refuse_it(monkeypatch):
+    """A paused virtual machine: this thread has neither worked nor waited in a queue."""
+    watch = clock()
+    watch.enter("load")
+    time.sleep(0.05)
+    monkeypatch.setattr(watch, "_announce", lambda name: time.sleep(0.3))
+    watch.enter("train")
+    watch.leave()
+    watch.check_sum()
+    assert watch.stalled_s == pytest.approx(0.3, abs=0.1)
+    (sentence,) = values.stood_still(watch)
+    assert re.fullmatch(r"this machine stood still for 0\.\d\d s between two phases", sentence)
+    assert sentence in values.disturbances(watch, CPU)
 
 
 def test_waiting_for_a_processor_between_phases_is_not_the_phases_fault(monkeypatch):
     (core, *_) = os.sched_getaffinity(0)
     before = os.sched_getaffinity(0)
-    spin = f"import os\nos.sched_setaffinity(0, {{{core}}})\nprint(flush=True)\nwhile True: pass"
-
-    def work(name: str) -> None:
-        end = time.thread_time() + 0.2
-        while time.thread_time() < end:
-            pass
-
-    with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) as other:
+    other_work = f"import os\nos.sched_setaffinity(0, {{{core}}})\nprint(flush=True)\n"
+    other_work += "while True: pass"
+    with subprocess.Popen([sys.executable, "-c", other_work], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         try:
             os.sched_setaffinity(0, {core})
             delay_s = host.run_delay_s()
-            work("")
+            spin("")
             # the other has the processor half of the time
             assert 0.05 < host.run_delay_s() - delay_s < 1.0
             watch = clock()
-            monkeypatch.setattr(watch, "_announce", work)
+            monkeypatch.setattr(watch, "_announce", spin)
             watch.enter("load")
             watch.leave()
             # our own 0.2 s stay unaccounted for, the wait for the other does not
@@ -298,7 +314,7 @@ def test_work_values_equal_arithmetic():
     training = Training([0.0] * 3, [0.1] * 3, 0, 0, [1e-3] * 3)
     watch = clock()
     watch.readings["train"] = reading(2.0, other_cpu_s=0.5)
-    found = work_values(watch, training, case, task, 100.0, 400.0)
+    found = values.work_values(watch, training, case, task, 100.0, 400.0)
     # padded tokens: 10 and 6 in the two batches that count
     assert found["train_flops"] == 100 * 16
     assert found["flops_per_s"] == 800.0
@@ -306,25 +322,25 @@ def test_work_values_equal_arithmetic():
     assert found["other_cpu_ratio"] == 0.5 / (2.0 * (os.cpu_count() or 1))
     assert found["energy_j"] == 30.0
     assert found["energy_per_token_j"] == 30.0 / (5 + 5 + 3 + 3)
-    assert "train_flops" not in work_values(watch, training, case, task, None, 400.0)
+    assert "train_flops" not in values.work_values(watch, training, case, task, None, 400.0)
 
 
 def test_a_round_on_a_shared_machine_says_so():
     watch = clock()
     cores = os.cpu_count() or 1
     watch.readings["train"] = reading(10.0, other_cpu_s=0.09 * 10 * cores)
-    assert disturbances(watch, CPU) == []
+    assert values.disturbances(watch, CPU) == []
     watch.readings["train"] = reading(10.0, other_cpu_s=0.5 * 10 * cores)
-    (sentence,) = disturbances(watch, CPU)
+    (sentence,) = values.disturbances(watch, CPU)
     assert sentence.startswith("other processes took 50% of this machine's CPU time")
-    assert disturbances(watch, torch.device("cuda")) == []
+    assert values.disturbances(watch, torch.device("cuda")) == []
     # what `method_s` holds beside the training counts as well
     watch.readings["train"] = reading(10.0, other_cpu_s=0.0)
     watch.readings["reward_model"] = reading(10.0, other_cpu_s=0.5 * 10 * cores)
-    (sentence,) = disturbances(watch, CPU)
+    (sentence,) = values.disturbances(watch, CPU)
     assert "in what `method_s` is made of" in sentence
     watch.readings["evaluate"] = watch.readings.pop("reward_model")
-    assert disturbances(watch, CPU) == []
+    assert values.disturbances(watch, CPU) == []
 
 
 def test_sentinels_are_finite_and_a_product_is_faster_than_a_launch():

@@ -27,7 +27,7 @@ class PhaseReading:
 
 
 class UnaccountedTimeError(RuntimeError):
-    """The phases do not add up to the round: time went where nobody can say."""
+    """The phases do not add up to the round: work was done that is in none of them."""
 
 
 def synchronize(device: torch.device) -> None:
@@ -56,7 +56,9 @@ class Phases:
         self._held_s = 0.0
         self.between_s = 0.0  # collecting garbage and resetting peaks, which is no phase's work
         self._delayed_s = 0.0  # between two phases: waiting for a processor that others had
-        self._delay_start_s = host.run_delay_s()
+        self._worked_s = 0.0  # between two phases: processor time of this thread, in no clock
+        self.stalled_s = 0.0  # between two phases: neither; `check_sum` tells
+        self._mark = (host.run_delay_s(), time.thread_time())
         self.energy = host.PackageEnergy()
         self._cpu_start: host.CpuTimes | None = None
         self._energy_start: list[float] = []
@@ -64,7 +66,7 @@ class Phases:
     def enter(self, name: str, hold: Callable[[], None] | None = None) -> None:
         """End the phase before and start this one; `hold` may block before the clock starts."""
         self.leave()
-        self._count_delay()
+        self._count_outside()
         began = time.monotonic()
         gc.collect()
         if self._device.type == "cuda":
@@ -72,25 +74,30 @@ class Phases:
             torch.cuda.reset_peak_memory_stats(self._device)
         host.reset_peak()
         self.between_s += time.monotonic() - began
-        self._delay_start_s = host.run_delay_s()
+        self._mark_outside()
         self._announce(name)
         if hold is not None:
-            self._count_delay()
+            self._count_outside()
             began = time.monotonic()
             hold()
             self._held_s += time.monotonic() - began
-            self._delay_start_s = host.run_delay_s()
+            self._mark_outside()
         self._name = name
         self._cpu_start = host.cpu_times()
         self._energy_start = [] if self.energy.unavailable else self.energy.read_j()
-        self._count_delay()
+        self._count_outside()
         self._started = time.monotonic()
 
-    def _count_delay(self) -> None:
-        """Since `_delay_start_s`, of what is in none of the clocks."""
-        now_s = host.run_delay_s()
-        self._delayed_s += now_s - self._delay_start_s
-        self._delay_start_s = now_s
+    def _mark_outside(self) -> None:
+        """From here on time is in none of the clocks."""
+        self._mark = (host.run_delay_s(), time.thread_time())
+
+    def _count_outside(self) -> None:
+        """What this thread did and waited since the mark, in none of the clocks."""
+        delay_s, worked_s = self._mark
+        self._mark_outside()
+        self._delayed_s += self._mark[0] - delay_s
+        self._worked_s += self._mark[1] - worked_s
 
     def imported(self) -> None:
         """The imports are done: the resident memory from which growth is counted is read here."""
@@ -109,7 +116,7 @@ class Phases:
         seconds = self._last_ended - self._started
         if stopped is not None:
             stopped(seconds)
-        self._delay_start_s = host.run_delay_s()
+        self._mark_outside()
         cuda = self._device.type == "cuda"
         energy_j = (
             None
@@ -128,16 +135,21 @@ class Phases:
         self._name = None
 
     def check_sum(self) -> None:
-        """Raise UnaccountedTimeError if the phases are not the round, to 2 % or 50 ms.
+        """Raise UnaccountedTimeError if more than 50 ms or 2 % of the round are work in no phase.
 
         The round lasts from this clock's making to the last phase's end, without the wait for the
         go, what `between_s` has, and what this thread waited for a processor between two phases.
+        Time above that in which this thread did nothing (a virtual machine is paused, its memory is
+        read back from a disk) is nobody's work and no phase's: it becomes `stalled_s`.
         """
         outside_s = self._held_s + self.between_s + self._delayed_s
         total_s = self._last_ended - self._first_started - outside_s
         phases_s = math.fsum(reading.seconds for reading in self.readings.values())
-        if abs(total_s - phases_s) > max(0.02 * total_s, 0.05):
+        allowed_s = max(0.02 * total_s, 0.05)
+        if self._worked_s > allowed_s or phases_s > total_s + allowed_s:
             raise UnaccountedTimeError(
-                f"the phases sum to {phases_s:.3f} s of a round of {total_s:.3f} s:"
-                " this machine stood still between two phases; run the round again"
+                f"the phases sum to {phases_s:.3f} s of a round of {total_s:.3f} s, and"
+                f" {self._worked_s:.3f} s of work are in none of them"
             )
+        if total_s > phases_s + allowed_s:
+            self.stalled_s = total_s - phases_s
