@@ -127,7 +127,7 @@ def test_compiling_while_the_clock_runs_is_counted_and_disturbs_the_round(monkey
     assert described["frames"] == 1
     assert described["recompilations_in_training"] == 1
     device = torch.device("cuda")  # where other processes are not looked for
-    phases: Any = SimpleNamespace(readings={"train": None})
+    phases: Any = SimpleNamespace(readings={"train": None}, stalled_s=0.0)
     (sentence,) = values.disturbances(phases, device, described)
     assert sentence == "torch.compile compiled 1 times while the training clock ran"
     assert values.disturbances(phases, device, None) == []

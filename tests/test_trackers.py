@@ -146,7 +146,8 @@ def test_a_session_is_read_back_as_its_rounds_say(tmp_path):
     )
     assert sum(row["step_tokens"]) == row["rounds"][0]["train_tokens"]
     timed_s = sum(row["step_s"][-(row["steps"] - row["case"]["settings"]["warmup_steps"]) :])
-    assert timed_s == pytest.approx(row["rounds"][0]["train_s"], rel=0.2)
+    # one step of the two more or less would be out of it, however busy the machine is
+    assert 0.6 < timed_s / row["rounds"][0]["train_s"] <= 1
     no_secret(tmp_path)
 
 

@@ -86,7 +86,10 @@ def history_of(
     tracks = tracks_of(sessions, cases)
     series: list[Series] = []
     names = metric_names(row for s in sessions for row in s.cases.values())
+    measured = {n for rows in tracks.values() for row in rows if row for n in row.measured}
     for name in names if metric is None else [metric]:
+        if name not in measured:
+            continue
         chosen = {}
         for track, rows in tracks.items():
             if kind_of(track[0]) not in metric_of(name).kinds:

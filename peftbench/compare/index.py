@@ -21,7 +21,7 @@ from peftbench.compare.load import CaseRow, Round, Session, read_session
 from peftbench.data.assets import cache_dir
 from peftbench.metrics import METRICS
 
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 OF_SESSION = tuple(f.name for f in fields(Session) if f.name not in ("name", "cases"))
 OF_CASE = tuple(f.name for f in fields(CaseRow) if f.name != "rounds")
 # mostly the same in many cases
@@ -62,12 +62,12 @@ def kind_of_entries() -> str:
 
 
 def to_entry(session: Session) -> dict[str, Any]:
-    """Rounds as lists in the order of METRICS; what many cases share is written once."""
-    shared: list[dict[str, str]] = []
-    place: dict[str, int] = {}
+    """Facts and rounds as lists; what many cases share is written once, a round's names as well."""
+    shared: list[Any] = []
+    place: dict[bytes, int] = {}
 
-    def index(value: dict[str, str]) -> int:
-        text = repr(value)
+    def index(value: dict[str, str] | list[str]) -> int:
+        text = orjson.dumps(value)
         if text not in place:
             place[text] = len(shared)
             shared.append(value)
@@ -77,8 +77,8 @@ def to_entry(session: Session) -> dict[str, Any]:
     for row in session.cases.values():
         facts = [index(getattr(row, n)) if n in SHARED else getattr(row, n) for n in OF_CASE]
         cases.append([facts, [
-            [r.run_id, r.seed, r.disturbed, [r.values.get(n) for n in METRICS], r.broken,
-             r.outcomes, {n: r.values[n] for n in row.task_metrics if n in r.values}]
+            [r.run_id, r.seed, r.disturbed, index([*r.values]), [*r.values.values()], r.broken,
+             r.outcomes]
             for r in row.rounds
         ]])  # fmt: skip
     return {
@@ -92,13 +92,13 @@ def from_entry(name: str, entry: dict[str, Any]) -> Session:
         given = dict(zip(OF_CASE, facts, strict=True))
         for key in SHARED:
             given[key] = shared[given[key]]
-        given["rounds"] = tuple(round_from(r) for r in rounds)
+        given["rounds"] = tuple(round_from(r, shared) for r in rounds)
         row = CaseRow(**given)
         cases[row.case_id, row.case_hash] = row
     return Session(name=name, cases=cases, **entry["session"])
 
 
-def round_from(entry: list[Any]) -> Round:
-    run_id, seed, disturbed, values, broken, outcomes, of_tasks = entry
-    known = {n: v for n, v in zip(METRICS, values, strict=True) if v is not None}
-    return Round(run_id, seed, disturbed, known | of_tasks, broken, outcomes)
+def round_from(entry: list[Any], shared: list[Any]) -> Round:
+    run_id, seed, disturbed, names, values, broken, outcomes = entry
+    known = dict(zip(shared[names], values, strict=True))
+    return Round(run_id, seed, disturbed, known, broken, outcomes)

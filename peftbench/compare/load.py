@@ -54,6 +54,11 @@ class CaseRow:
     settings: dict[str, str] = field(default_factory=dict)  # a newer one is not there
 
     @cached_property
+    def measured(self) -> frozenset[str]:
+        """Names of the metrics that a round has a number of."""
+        return frozenset().union(*(r.values for r in self.rounds))
+
+    @cached_property
     def task_metrics(self) -> frozenset[str]:
         """Names of its single tasks' metrics, such as `task_accuracy:hellaswag`."""
         return frozenset(n for r in self.rounds for n in (*r.values, *r.broken) if ":" in n)
@@ -137,14 +142,21 @@ def case_row(record: dict[str, Any]) -> CaseRow:
         inputs={
             name: str(record[name]) for name in ("data_digest", "weights_hash") if record.get(name)
         },
-        null_reasons={str(k): str(v) for k, v in (record.get("null_reasons") or {}).items()},
+        null_reasons=texts(record.get("null_reasons") or {}),
         rounds=tuple(round_of(r, record) for r in rounds) if status == "ok" else (),
         task_digests={
             task_metric(name): str(task["digest"])
             for name, task in (record.get("tasks") or {}).items()
         },
-        settings={str(k): str(v) for k, v in (case.get("settings") or {}).items()},
+        settings=texts(case.get("settings") or {}),
     )
+
+
+def texts(found: dict[str, Any]) -> dict[str, str]:
+    """As it is where all are texts: the reasons of a hundred cases are some thousands."""
+    if set(map(type, found.values())) <= {str}:
+        return found
+    return {name: str(value) for name, value in found.items()}
 
 
 def task_metric(task: str) -> str:
@@ -160,12 +172,14 @@ def metric_names(rows: Iterable[CaseRow]) -> list[str]:
 def round_of(entry: dict[str, Any], record: dict[str, Any]) -> Round:
     values, broken = {}, {}
     tasks = {task_metric(name): task for name, task in (entry.get("tasks") or {}).items()}
-    numbers = {name: entry.get(name) for name in METRICS}
-    numbers |= {name: task.get(TASK_METRIC) for name, task in tasks.items()}
-    for name, value in numbers.items():
+    numbers = [(name, value) for name, value in entry.items() if name in METRICS]
+    numbers += [(name, task.get(TASK_METRIC)) for name, task in tasks.items()]
+    for name, value in numbers:
+        if value is None:
+            continue
         if (type(value) is float or type(value) is int) and math.isfinite(value):
             values[name] = value
-        elif value is not None:
+        else:
             broken[name] = f"{value!r} is no finite number"[:80]
     outcomes = {"preference_accuracy": (entry.get("items") or {}).get("preference_correct")}
     outcomes |= {name: task.get("correct") for name, task in tasks.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass, fields
 
 from peftbench.case import Settings
@@ -140,11 +139,13 @@ def same_first_seed(base: CaseRow, new: CaseRow) -> bool:
 
 def value(row: CaseRow, metric: str) -> float | None:
     """The session's value: the median of the rounds that count; None where one lacks it."""
-    found = [r.values.get(metric) for r in row.calm_rounds]
-    known = [v for v in found if v is not None]
-    if not known or len(known) != len(found):
+    rounds = row.calm_rounds
+    if len(rounds) == 1:  # of most nights, and a history asks a million times
+        return rounds[0].values.get(metric)
+    known = sorted(r.values[metric] for r in rounds if metric in r.values)
+    if not known or len(known) != len(rounds):
         return None
-    low, high = statistics.median_low(known), statistics.median_high(known)
+    low, high = known[(len(known) - 1) // 2], known[len(known) // 2]
     # halves first: the sum of two damaged values can be infinite
     return low if low == high else low / 2 + high / 2
 
