@@ -54,6 +54,7 @@ SERVER_ENVIRONMENT = {
 # In the session's folder: its first round compiles, whatever ran before it, and the rounds after it
 # find the code there, so that two sessions of the same rounds compare.
 COMPILE_CACHE = ".compiled"
+_COMPILE_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the user's to mend: no traceback
 
@@ -145,7 +146,9 @@ class Child:
         self._scratch = tempfile.mkdtemp(dir=log.parent, prefix=".tmp-")
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(  # type: ignore[attr-defined]
-            target=child_main, args=(theirs, job, str(log), self._scratch), daemon=True
+            target=child_main,
+            args=(theirs, job, str(log), self._scratch, compile_cache_of(log)),
+            daemon=True,
         )
         try:
             with _clean_start():
@@ -242,7 +245,16 @@ class _Pipe:
         self._connection.send(("trained", seconds))
 
 
-def child_main(connection: Connection, job: dict[str, Any], log: str, scratch: str) -> None:
+def compile_cache_of(log: Path) -> str:
+    """The user's own, or the session's. Asked of the parent, which never imports torch: a server
+    that has, has torch's own choice in its environment, a folder that all sessions share."""
+    own = os.environ.get(_COMPILE_CACHE_VARIABLE)
+    return str((Path(own) if own else log.parent / COMPILE_CACHE).absolute())
+
+
+def child_main(
+    connection: Connection, job: dict[str, Any], log: str, scratch: str, compile_cache: str
+) -> None:
     """Run one job and send its result; what goes wrong becomes a status here and nowhere else."""
     _die_with_parent()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -251,10 +263,7 @@ def child_main(connection: Connection, job: dict[str, Any], log: str, scratch: s
     # not relative, as a compiler runs in folders of its own
     tempfile.tempdir = os.environ["TMPDIR"] = str(Path(scratch).absolute())
     os.environ.update(SERVER_ENVIRONMENT)  # a spawned child has no server to inherit it from
-    # torch's own place is in the folder above, which goes with the child
-    os.environ.setdefault(
-        "TORCHINDUCTOR_CACHE_DIR", str(Path(log).absolute().parent / COMPILE_CACHE)
-    )
+    os.environ[_COMPILE_CACHE_VARIABLE] = compile_cache
     pipe = _Pipe(connection)
     try:
         connection.send(("result", _run(job, pipe)))

@@ -24,12 +24,14 @@ def start(
     environment: dict[str, str] | None = None,
 ) -> subprocess.Popen[str]:
     """`pytest bench` with its file in `folder`/run.json and its rounds under `folder`/runs."""
+    # where these tests have imported torch's compiler, that has put its own choice in their place
+    ours = {name: v for name, v in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
     return subprocess.Popen(
         [*before, sys.executable, "-m", "pytest", str(ROOT / "bench"), "--rootdir", str(ROOT),
          "-p", "no:cacheprovider", f"--benchmark-json={folder / 'run.json'}", "--results-dir",
          str(folder / "runs"), *SMALL, *arguments],
         cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=os.environ | {"COLUMNS": "200", "OMP_WAIT_POLICY": "passive"} | (environment or {}),
+        env=ours | {"COLUMNS": "200", "OMP_WAIT_POLICY": "passive"} | (environment or {}),
         # a shell's background jobs ignore Ctrl-C, and so would what these tests send it to
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
