@@ -1,0 +1,278 @@
+"""How a step's cost grows with batch, length and model size: docs/growth.md, `make growth`.
+
+    python scripts/growth.py
+    python scripts/growth.py --models tiny-gpt2 --method dpo --output output/growth.md
+
+Rows of synthetic ids of one exact length, a few steps a case, and before each case the machine's
+rate in a large matrix product: the floor of a step is its counted operations over that rate. One
+doubling of the batch should double the time at most, one of the length as much as the operations
+grow; where time grows by more than the operations do, the table says so. Without a browser
+(chromium) the table is written and the picture is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peftbench import provenance
+from peftbench.case import Case, Settings
+from peftbench.errors import UserError
+from peftbench.fit import Choice, check_asked, probe_case, try_case
+from peftbench.preflight import impossible, preflight
+from peftbench.progress import Progress
+from peftbench.record import dumps, write_atomically
+from peftbench.session import Session, result_line
+from peftbench.summary import MIB, memory_of
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "growth.md"
+START, END = "<!-- growth: made by `make growth` -->", "<!-- end of growth -->"
+MODELS = "tiny-gpt2,smollm2-135m-instruct-q4,gpt-2"
+BATCHES, LENGTHS = (1, 2, 4, 8, 16), (64, 128, 256, 512, 1024)
+BATCH, LENGTH = 4, 128  # of the other axis
+STEPS, WARMUP_STEPS = 6, 2
+# Of one doubling, time over operations: beyond it the growth is said to be more than linear. Two
+# steps timed one after the other differ by half as much on a machine that others use too.
+MOST_EXCESS = 1.25
+SIZE = (1500, 560)  # pixels
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one optimiser step, the median of the timed ones."""
+
+    step_s: float
+    flops: float  # counted operations
+    floor_s: float | None  # they over the machine's rate; None where that is not known
+    tokens_per_s: float
+    peak_bytes: int | None
+    total_params: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One case, or why it has no numbers."""
+
+    model: str
+    batch: int
+    length: int
+    status: str
+    reason: str
+    cost: Cost | None = None
+
+
+def plan(models: Sequence[str]) -> list[tuple[str, int, int]]:
+    """(model, batch, length) along both axes; what they share is run once."""
+    points = [(b, LENGTH) for b in BATCHES] + [(BATCH, n) for n in LENGTHS if n != LENGTH]
+    return [(model, *point) for model in models for point in points]
+
+
+def case_of(model: str, options: argparse.Namespace, batch: int, length: int) -> Case:
+    choice = Choice(options.adapter, options.method, length, checkpointing=False)
+    weights = "random" if model == "gpt-2" else "pretrained"  # its files are on a hub
+    settings = Settings(dtype=options.dtype, weights=weights, device=options.device)
+    check_asked(model, weights, [choice])
+    case = probe_case(model, choice, batch, settings)
+    longer = replace(case.settings, pairs=STEPS * batch, warmup_steps=WARMUP_STEPS)
+    return replace(case, settings=longer)
+
+
+def measure(options: argparse.Namespace) -> list[Measured]:
+    points = plan(options.models.split(","))
+    progress = Progress(len(points))
+    session = Session(ROOT / "output" / "growth", progress, time_limit_s=1800.0)
+    found = []
+    try:
+        for model, batch, length in points:
+            try:
+                case = case_of(model, options, batch, length)
+            except UserError as error:  # a context that is too short
+                found.append(Measured(model, batch, length, "skipped", str(error)))
+                progress.finished(f"{model} {batch} x {length}: skipped")
+                continue
+            preflight([model], {options.adapter}, case.settings)
+            if sentence := impossible(case):
+                raise UserError(sentence)
+            session.time_machine("start", case)
+            record = try_case(session, case)
+            progress.finished(f"{result_line(record)}  {batch} x {length}")
+            found.append(measured_of(model, batch, length, record))
+    finally:
+        progress.close()
+    return found
+
+
+def measured_of(model: str, batch: int, length: int, record: dict[str, Any]) -> Measured:
+    status, reason = str(record["status"]), str(record.get("reason") or "")
+    if status != "ok" or record["train_flops"] is None:
+        return Measured(model, batch, length, status, reason)
+    flops = record["train_flops"] / (record["steps"] - WARMUP_STEPS)
+    rate = None  # of the machine in a large product
+    if record["mfu_ratio"] is not None:
+        rate = record["flops_per_s"] / record["mfu_ratio"]
+    cost = Cost(
+        record["step_p50_s"], flops, None if rate is None else flops / rate,
+        batch * length / record["step_p50_s"], memory_of(record)[1], record["total_params"],
+    )  # fmt: skip
+    return Measured(model, batch, length, status, "; ".join(record["disturbances"]), cost)
+
+
+def along(found: Sequence[Measured], model: str, axis: str) -> list[tuple[Measured, Cost]]:
+    """A model's cases along one axis, in its order, the point that both axes share included."""
+    own = [(m, m.cost) for m in found if m.model == model and m.cost is not None]
+    if axis == "batch":
+        return sorted((o for o in own if o[0].length == LENGTH), key=lambda o: o[0].batch)
+    return sorted((o for o in own if o[0].batch == BATCH), key=lambda o: o[0].length)
+
+
+def excess(before: Cost, after: Cost) -> float:
+    """Growth of the time over growth of the operations; 1 is linear."""
+    return (after.step_s / before.step_s) / (after.flops / before.flops)
+
+
+def table(found: Sequence[Measured]) -> list[str]:
+    """Markdown, by model and axis."""
+    lines = [
+        "| model | batch | tokens a row | step | tokens/s | GFLOP | of the floor | time / work of"
+        " the row above | peak MiB | |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for model in dict.fromkeys(m.model for m in found):
+        for axis in ("batch", "length"):
+            above: Cost | None = None
+            for m, cost in along(found, model, axis):
+                grown = None if above is None else excess(above, cost)
+                told = "more than linear" if grown is not None and grown > MOST_EXCESS else ""
+                lines.append(row(m, cost, grown, ", ".join(filter(None, (told, m.reason)))))
+                above = cost
+        lines += [
+            f"| {m.model} | {m.batch} | {m.length} | {m.status} | | | | | | {m.reason} |"
+            for m in found if m.model == model and m.cost is None
+        ]  # fmt: skip
+    return lines
+
+
+def row(m: Measured, cost: Cost, grown: float | None, told: str) -> str:
+    floor = "" if cost.floor_s is None else f"{cost.step_s / cost.floor_s:.2f}"
+    return (
+        f"| {m.model} | {m.batch} | {m.length} | {1e3 * cost.step_s:,.1f} ms"
+        f" | {cost.tokens_per_s:,.0f} | {cost.flops / 1e9:,.1f} | {floor}"
+        f" | {'' if grown is None else f'{grown:.2f}'}"
+        f" | {'' if cost.peak_bytes is None else f'{cost.peak_bytes / MIB:,.0f}'} | {told} |"
+    )
+
+
+def figure(found: Sequence[Measured], title: str) -> Any:
+    """Step times along batch, length and model size, each with its floor dashed."""
+    from plotly.subplots import make_subplots
+
+    names = list(dict.fromkeys(m.model for m in found))
+    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+    symbols = ("circle", "square", "diamond", "triangle-up", "x", "star")
+    page = make_subplots(1, 3, subplot_titles=(
+        f"batch, rows of {LENGTH} tokens", f"tokens a row, batch {BATCH}",
+        f"parameters, {BATCH} rows of {LENGTH}",
+    ))  # fmt: skip
+    at: list[tuple[Measured, Cost]] = []
+    for i, name in enumerate(names):
+        style = {"color": colours[i % 6]}
+        for column, axis in ((1, "batch"), (2, "length")):
+            line = along(found, name, axis)
+            x = [m.batch if axis == "batch" else m.length for m, _ in line]
+            page.add_scatter(
+                x=x, y=[cost.step_s for _, cost in line], name=name, legendgroup=name, line=style,
+                marker={"symbol": symbols[i % 6], "size": 9}, showlegend=column == 1,
+                row=1, col=column,
+            )  # fmt: skip
+            page.add_scatter(
+                x=x, y=[cost.floor_s for _, cost in line], name=f"{name}: floor", legendgroup=name,
+                line=style | {"dash": "dash"}, mode="lines", showlegend=column == 1,
+                row=1, col=column,
+            )  # fmt: skip
+        at += [o for o in along(found, name, "batch") if o[0].batch == BATCH]
+    at.sort(key=lambda o: o[1].total_params)
+    for y, words, dash in (
+        ([cost.step_s for _, cost in at], "all models", "solid"),
+        ([cost.floor_s for _, cost in at], "all models: floor", "dash"),
+    ):
+        page.add_scatter(
+            x=[cost.total_params for _, cost in at], y=y, name=words,
+            text=[m.model for m, _ in at],
+            line={"color": "#444444", "dash": dash}, row=1, col=3,
+        )  # fmt: skip
+    page.update_xaxes(type="log", dtick="D1")
+    page.update_yaxes(type="log", title_text="seconds a step", col=1)
+    page.update_yaxes(type="log", col=2)
+    page.update_yaxes(type="log", col=3)
+    page.update_layout(title=title, template="plotly_white", width=SIZE[0], height=SIZE[1])
+    return page
+
+
+def draw(page: Any, target: Path) -> bool:
+    """A PNG of the figure through a headless browser; False where there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "growth.html"
+        page.write_html(file, include_plotlyjs=True)
+        subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+             f"--window-size={SIZE[0]},{SIZE[1]}", "--virtual-time-budget=5000",
+             f"--user-data-dir={folder}/profile", f"--screenshot={target}", file.as_uri()],
+            check=True, capture_output=True, timeout=120,
+        )  # fmt: skip
+    return True
+
+
+def write_page(page: Path, lines: Sequence[str]) -> None:
+    """Put the table between the marks of the page; a page that is not there is nothing but it."""
+    text = page.read_text(encoding="utf-8") if page.exists() else f"{START}\n{END}\n"
+    head, _, rest = text.partition(START)
+    if END not in rest:
+        raise UserError(f"{page} lacks the marks {START!r} and {END!r}; give another --output")
+    tail = rest.partition(END)[2]
+    made = "\n".join([START, *lines, "", f"![step times]({page.stem}.png)", END])
+    write_atomically(page, head + made + tail)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--models", default=MODELS)
+    parser.add_argument("--adapter", default="lora")
+    parser.add_argument("--method", default="sft")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", type=Path, default=PAGE,
+                        help="page whose table is replaced, .json and .png beside it")  # fmt: skip
+    options = parser.parse_args()
+    try:
+        found = measure(options)
+    except UserError as error:
+        parser.error(str(error))
+    where = provenance.describe()
+    title = f"{options.adapter}, {options.method}, {options.dtype}: {where['cpu']}"
+    facts = {"schema": "peftbench-growth", "commit": where["commit"], "cpu": where["cpu"],
+             "libraries": where["libraries"], "title": title}  # fmt: skip
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    cases = [asdict(m) for m in found]
+    write_atomically(options.output.with_suffix(".json"), dumps(facts | {"cases": cases}))
+    lines = table(found)
+    print("\n".join(lines))
+    write_page(options.output, [f"{title}; commit {str(where['commit'])[:12]}.", "", *lines])
+    if not draw(figure(found, title), options.output.with_suffix(".png")):
+        print("no browser: the picture is not drawn")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
