@@ -4,10 +4,10 @@
     python scripts/growth.py --models tiny-gpt2 --method dpo --output output/growth.md
 
 Rows of synthetic ids of one exact length, a few steps a case, and before each case the machine's
-rate in a large matrix product: the floor of a step is its counted operations over that rate. One
-doubling of the batch should double the time at most, one of the length as much as the operations
-grow; where time grows by more than the operations do, the table says so. Without a browser
-(chromium) the table is written and the picture is not.
+rate in a large matrix product: the floor of a step is its counted operations over the best of these
+rates. One doubling of the batch should double the time at most, one of the length as much as the
+operations grow; where time grows by more than the operations do, the table says so. Without a
+browser (chromium) the table is written and the picture is not.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from peftbench.fit import Choice, check_asked, probe_case, try_case
 from peftbench.preflight import impossible, preflight
 from peftbench.progress import Progress
 from peftbench.record import dumps, write_atomically
+from peftbench.result_files import read_json
 from peftbench.session import Session, result_line
 from peftbench.summary import MIB, memory_of
 
@@ -51,7 +52,7 @@ class Cost:
 
     step_s: float
     flops: float  # counted operations
-    floor_s: float | None  # they over the machine's rate; None where that is not known
+    machine_flops_per_s: float | None  # just before, in a large product; None beside other work
     tokens_per_s: float
     peak_bytes: int | None
     total_params: int
@@ -119,7 +120,7 @@ def measured_of(model: str, batch: int, length: int, record: dict[str, Any]) -> 
     if record["mfu_ratio"] is not None:
         rate = record["flops_per_s"] / record["mfu_ratio"]
     cost = Cost(
-        record["step_p50_s"], flops, None if rate is None else flops / rate,
+        record["step_p50_s"], flops, rate,
         batch * length / record["step_p50_s"], memory_of(record)[1], record["total_params"],
     )  # fmt: skip
     return Measured(model, batch, length, status, "; ".join(record["disturbances"]), cost)
@@ -133,6 +134,17 @@ def along(found: Sequence[Measured], model: str, axis: str) -> list[tuple[Measur
     return sorted((o for o in own if o[0].batch == BATCH), key=lambda o: o[0].length)
 
 
+def best_rate(found: Sequence[Measured]) -> float | None:
+    """Of the machine while it was measured: what a neighbour took for a moment is not its floor."""
+    rates = [m.cost.machine_flops_per_s for m in found if m.cost is not None]
+    return max((rate for rate in rates if rate is not None), default=None)
+
+
+def floor_s(cost: Cost, rate: float | None) -> float | None:
+    """What a step must take at this rate of the machine."""
+    return None if rate is None else cost.flops / rate
+
+
 def excess(before: Cost, after: Cost) -> float:
     """Growth of the time over growth of the operations; 1 is linear."""
     return (after.step_s / before.step_s) / (after.flops / before.flops)
@@ -140,6 +152,7 @@ def excess(before: Cost, after: Cost) -> float:
 
 def table(found: Sequence[Measured]) -> list[str]:
     """Markdown, by model and axis."""
+    rate = best_rate(found)
     lines = [
         "| model | batch | tokens a row | step | tokens/s | GFLOP | of the floor | time / work of"
         " the row above | peak MiB | |",
@@ -151,7 +164,7 @@ def table(found: Sequence[Measured]) -> list[str]:
             for m, cost in along(found, model, axis):
                 grown = None if above is None else excess(above, cost)
                 told = "more than linear" if grown is not None and grown > MOST_EXCESS else ""
-                lines.append(row(m, cost, grown, ", ".join(filter(None, (told, m.reason)))))
+                lines.append(row(m, cost, rate, grown, ", ".join(filter(None, (told, m.reason)))))
                 above = cost
         lines += [
             f"| {m.model} | {m.batch} | {m.length} | {m.status} | | | | | | {m.reason} |"
@@ -160,8 +173,8 @@ def table(found: Sequence[Measured]) -> list[str]:
     return lines
 
 
-def row(m: Measured, cost: Cost, grown: float | None, told: str) -> str:
-    floor = "" if cost.floor_s is None else f"{cost.step_s / cost.floor_s:.2f}"
+def row(m: Measured, cost: Cost, rate: float | None, grown: float | None, told: str) -> str:
+    floor = "" if rate is None else f"{cost.step_s * rate / cost.flops:.2f}"
     return (
         f"| {m.model} | {m.batch} | {m.length} | {1e3 * cost.step_s:,.1f} ms"
         f" | {cost.tokens_per_s:,.0f} | {cost.flops / 1e9:,.1f} | {floor}"
@@ -175,6 +188,7 @@ def figure(found: Sequence[Measured], title: str) -> Any:
     from plotly.subplots import make_subplots
 
     names = list(dict.fromkeys(m.model for m in found))
+    rate = best_rate(found)
     colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
     symbols = ("circle", "square", "diamond", "triangle-up", "x", "star")
     page = make_subplots(1, 3, subplot_titles=(
@@ -193,7 +207,8 @@ def figure(found: Sequence[Measured], title: str) -> Any:
                 row=1, col=column,
             )  # fmt: skip
             page.add_scatter(
-                x=x, y=[cost.floor_s for _, cost in line], name=f"{name}: floor", legendgroup=name,
+                x=x, y=[floor_s(cost, rate) for _, cost in line], name=f"{name}: floor",
+                legendgroup=name,
                 line=style | {"dash": "dash"}, mode="lines", showlegend=column == 1,
                 row=1, col=column,
             )  # fmt: skip
@@ -201,17 +216,20 @@ def figure(found: Sequence[Measured], title: str) -> Any:
     at.sort(key=lambda o: o[1].total_params)
     for y, words, dash in (
         ([cost.step_s for _, cost in at], "all models", "solid"),
-        ([cost.floor_s for _, cost in at], "all models: floor", "dash"),
+        ([floor_s(cost, rate) for _, cost in at], "all models: floor", "dash"),
     ):
         page.add_scatter(
             x=[cost.total_params for _, cost in at], y=y, name=words,
             text=[m.model for m, _ in at],
             line={"color": "#444444", "dash": dash}, row=1, col=3,
+            mode="lines+markers+text" if dash == "solid" else "lines",
+            textposition=["bottom right", *["top left"] * (len(at) - 1)],
         )  # fmt: skip
-    page.update_xaxes(type="log", dtick="D1")
-    page.update_yaxes(type="log", title_text="seconds a step", col=1)
-    page.update_yaxes(type="log", col=2)
-    page.update_yaxes(type="log", col=3)
+    page.update_xaxes(type="log")
+    page.update_xaxes(tickvals=BATCHES, col=1)
+    page.update_xaxes(tickvals=LENGTHS, col=2)
+    page.update_yaxes(type="log", dtick=1, minor={"dtick": "D1", "showgrid": True})
+    page.update_yaxes(title_text="seconds a step", col=1)
     page.update_layout(title=title, template="plotly_white", width=SIZE[0], height=SIZE[1])
     return page
 
@@ -224,7 +242,7 @@ def draw(page: Any, target: Path) -> bool:
         return False
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "growth.html"
-        page.write_html(file, include_plotlyjs=True)
+        page.write_html(file, include_plotlyjs=True, config={"displayModeBar": False})
         subprocess.run(
             [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
              f"--window-size={SIZE[0]},{SIZE[1]}", "--virtual-time-budget=5000",
@@ -232,6 +250,25 @@ def draw(page: Any, target: Path) -> bool:
             check=True, capture_output=True, timeout=120,
         )  # fmt: skip
     return True
+
+
+def facts_of(options: argparse.Namespace) -> dict[str, Any]:
+    where = provenance.describe()
+    title = f"{options.adapter}, {options.method}, {options.dtype}: {where['cpu']}"
+    known = {name: where[name] for name in ("commit", "cpu", "libraries")}
+    return {"schema": "peftbench-growth", **known, "title": title}
+
+
+def read(file: Path) -> tuple[dict[str, Any], list[Measured]]:
+    """What an earlier run has written. Raises: UserError where there is nothing of the kind."""
+    facts = read_json(file)
+    if not isinstance(facts, dict) or facts.get("schema") != "peftbench-growth":
+        raise UserError(f"{file} is no file of this script; run it without --redraw")
+    found = [
+        Measured(**case | {"cost": None if case["cost"] is None else Cost(**case["cost"])})
+        for case in facts.pop("cases")
+    ]
+    return facts, found
 
 
 def write_page(page: Path, lines: Sequence[str]) -> None:
@@ -250,25 +287,29 @@ def main() -> int:
     parser.add_argument("--models", default=MODELS)
     parser.add_argument("--adapter", default="lora")
     parser.add_argument("--method", default="sft")
+    parser.add_argument("--redraw", action="store_true",
+                        help="page and picture out of the .json, without a run")  # fmt: skip
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=PAGE,
                         help="page whose table is replaced, .json and .png beside it")  # fmt: skip
     options = parser.parse_args()
+    written = options.output.with_suffix(".json")
     try:
-        found = measure(options)
+        if options.redraw:
+            facts, found = read(written)
+        else:
+            found = measure(options)
+            facts = facts_of(options)
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            cases = [asdict(m) for m in found]
+            write_atomically(written, dumps(facts | {"cases": cases}))
     except UserError as error:
         parser.error(str(error))
-    where = provenance.describe()
-    title = f"{options.adapter}, {options.method}, {options.dtype}: {where['cpu']}"
-    facts = {"schema": "peftbench-growth", "commit": where["commit"], "cpu": where["cpu"],
-             "libraries": where["libraries"], "title": title}  # fmt: skip
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    cases = [asdict(m) for m in found]
-    write_atomically(options.output.with_suffix(".json"), dumps(facts | {"cases": cases}))
+    title = facts["title"]
     lines = table(found)
     print("\n".join(lines))
-    write_page(options.output, [f"{title}; commit {str(where['commit'])[:12]}.", "", *lines])
+    write_page(options.output, [f"{title}; commit {str(facts['commit'])[:12]}.", "", *lines])
     if not draw(figure(found, title), options.output.with_suffix(".png")):
         print("no browser: the picture is not drawn")
     return 0

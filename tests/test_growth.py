@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,11 +35,13 @@ def measured(points: list[tuple[int, int, float, float]]) -> list[Any]:
 
 def test_a_step_and_its_floor_are_the_records():
     (found,) = measured([(4, 128, 2.0, 150.0)])
-    assert found.cost.floor_s == pytest.approx(1.5)
+    assert found.cost.machine_flops_per_s == pytest.approx(100)
     assert found.cost.tokens_per_s == 256
     assert found.cost.flops == 150
     unknown = growth.measured_of("m", 4, 128, record(2.0, 150.0, mfu_ratio=None))
-    assert unknown.cost.floor_s is None
+    assert unknown.cost.machine_flops_per_s is None
+    assert growth.best_rate([found, unknown]) == pytest.approx(100)
+    assert growth.best_rate([unknown]) is None
 
 
 def test_what_grows_faster_than_its_work_is_said():
@@ -96,3 +100,14 @@ def test_the_table_goes_between_the_marks_of_its_page(tmp_path):
     page.write_text("a page of something else")
     with pytest.raises(UserError, match="lacks the marks"):
         growth.write_page(page, ["new"])
+
+
+def test_what_was_written_is_read_back(tmp_path):
+    found = [*measured([(4, 128, 2.0, 150.0)]), growth.Measured("m", 8, 128, "oom", "why")]
+    file = tmp_path / "growth.json"
+    facts = {"schema": "peftbench-growth", "title": "t"}
+    file.write_text(json.dumps(facts | {"cases": [asdict(m) for m in found]}))
+    assert growth.read(file) == (facts, found)
+    file.write_text("{}")
+    with pytest.raises(UserError, match="no file of this script"):
+        growth.read(file)

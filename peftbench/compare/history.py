@@ -191,18 +191,19 @@ def points_of(scaled: Floats, rules: list[Rule]) -> list[list[int]]:
     found: list[list[int]] = [[] for _ in rules]
     groups: dict[tuple[int, float], list[int]] = {}
     for i, (line, rule) in enumerate(zip(scaled, rules, strict=True)):
-        margin = rule.margin if rule.is_difference else float(np.log1p(rule.margin))
-        groups.setdefault((int(np.isfinite(line).sum()), margin), []).append(i)
-    for (_, margin), members in groups.items():
-        known = [np.flatnonzero(np.isfinite(scaled[i])) for i in members]
-        series = np.array([scaled[i][at] for i, at in zip(members, known, strict=True)])
-        if series.size == 0:
+        known = np.flatnonzero(np.isfinite(line))
+        if known.size == 0:
             continue
-        exact = [i for i in range(len(members)) if rules[members[i]].metric_class == "exact"]
-        splits = change_points(series, margin)
-        for i in exact:  # equality needs no statistics
-            splits[i] = [int(k) + 1 for k in np.flatnonzero(np.diff(series[i]))]
-        for member, at, split in zip(members, known, splits, strict=True):
+        if rule.metric_class == "exact":  # equality needs no statistics
+            found[i] = [int(known[k + 1]) for k in np.flatnonzero(np.diff(line[known]))]
+            continue
+        margin = rule.margin if rule.is_difference else float(np.log1p(rule.margin))
+        if np.ptp(line[known]) > margin:  # else no two parts of it differ by more
+            groups.setdefault((known.size, margin), []).append(i)
+    for (_, margin), members in groups.items():
+        places = [np.flatnonzero(np.isfinite(scaled[i])) for i in members]
+        series = np.array([scaled[i][at] for i, at in zip(members, places, strict=True)])
+        for member, at, split in zip(members, places, change_points(series, margin), strict=True):
             found[member] = [int(at[k]) for k in split]
     return found
 
