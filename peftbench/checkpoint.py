@@ -95,8 +95,10 @@ def _read(
     file: Path, *, header_only: bool = False
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The header and the tensors, {} where only the header is asked for."""
+    # for torch it opens the file a second time by its name, and a training may have replaced it
+    framework = "numpy" if header_only else "pt"
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(file, framework=framework) as opened:
             header = json.loads((opened.metadata() or {})[HEADER])
             names = [] if header_only else opened.keys()
             tensors = {name: opened.get_tensor(name) for name in names}
