@@ -134,23 +134,24 @@ def test_what_happens_inside_a_step_is_in_its_time_and_memory(monkeypatch):
 
     def sleep() -> None:
         began = time.perf_counter()
-        time.sleep(0.2)
+        time.sleep(1.0)
         took.append(time.perf_counter() - began)
 
     def spin() -> None:
         began = time.perf_counter()
-        while time.perf_counter() < began + 0.2:
+        while time.perf_counter() < began + 0.5:
             pass
         took.append(time.perf_counter() - began)
 
     trained_with(lambda: None, monkeypatch)  # the library's own first allocations
     plain_s, plain_bytes = trained_with(lambda: None, monkeypatch)
-    for extra, tolerance in ((sleep, 0.02), (spin, 0.05)):
+    # 2 % and 5 %: a step after a pause finds its caches cold, which is some milliseconds
+    for extra, tolerance_s in ((sleep, 0.02 * 1.0), (spin, 0.05 * 0.5)):
         took.clear()
         step_s, _ = trained_with(extra, monkeypatch)
         # the quickest of each: on a busy machine the others also hold a neighbour's time
         rest_s = min(step - known for step, known in zip(step_s, took[1:], strict=True))
-        assert 0 < rest_s <= min(plain_s) + tolerance * 0.2
+        assert 0 < rest_s <= min(plain_s) + tolerance_s
     _, grown = trained_with(lambda: bytearray(300 * MB), monkeypatch)
     assert grown - plain_bytes == pytest.approx(300 * MB, rel=0.01)
 
@@ -172,7 +173,7 @@ def test_phases_that_leave_time_out_are_refused(monkeypatch):
     monkeypatch.setattr(watch, "_announce", spin)  # work that is in no phase
     watch.enter("count")
     watch.leave()
-    with pytest.raises(UnaccountedTimeError, match=r"of a round of 0\.[34]\d* s, and 0\.2"):
+    with pytest.raises(UnaccountedTimeError, match=r"and 0\.2\d+ s of work are in none"):
         watch.check_sum()
 
 
@@ -214,10 +215,10 @@ def test_waiting_for_a_processor_between_phases_is_not_the_phases_fault(monkeypa
             monkeypatch.setattr(watch, "_announce", spin)
             watch.enter("load")
             watch.leave()
-            # our own 0.2 s stay unaccounted for, the wait for the other does not
+            # our own 0.2 s stay unaccounted for, the wait for the other, as long again, does not
             with pytest.raises(UnaccountedTimeError) as found:
                 watch.check_sum()
-            assert float(re.search(r"round of ([\d.]+) s", str(found.value))[1]) < 0.27
+            assert float(re.search(r"round of ([\d.]+) s", str(found.value))[1]) < 0.35
         finally:
             other.kill()
             os.sched_setaffinity(0, before)
