@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from peftbench.compare.by_time import sentinel_logs
-from peftbench.compare.change_points import change_points
+from peftbench.compare.change_points import Ints, change_points
 from peftbench.compare.load import CaseRow, Session, metric_names
 from peftbench.compare.order import place_name, read_folder
 from peftbench.compare.pairing import needs_logarithm, value
@@ -189,7 +189,7 @@ def machine_shifts(sessions: list[Session], tracks: list[Track], scaled: Floats)
 def points_of(scaled: Floats, rules: list[Rule]) -> list[list[int]]:
     """Indices of the first session after each change; gaps are stepped over."""
     found: list[list[int]] = [[] for _ in rules]
-    groups: dict[tuple[int, float], list[int]] = {}
+    groups: dict[tuple[int, float], list[tuple[int, Ints]]] = {}
     for i, (line, rule) in enumerate(zip(scaled, rules, strict=True)):
         known = np.flatnonzero(np.isfinite(line))
         if known.size == 0:
@@ -199,12 +199,11 @@ def points_of(scaled: Floats, rules: list[Rule]) -> list[list[int]]:
             continue
         margin = rule.margin if rule.is_difference else float(np.log1p(rule.margin))
         if np.ptp(line[known]) > margin:  # else no two parts of it differ by more
-            groups.setdefault((known.size, margin), []).append(i)
+            groups.setdefault((known.size, margin), []).append((i, known))
     for (_, margin), members in groups.items():
-        places = [np.flatnonzero(np.isfinite(scaled[i])) for i in members]
-        series = np.array([scaled[i][at] for i, at in zip(members, places, strict=True)])
-        for member, at, split in zip(members, places, change_points(series, margin), strict=True):
-            found[member] = [int(at[k]) for k in split]
+        series = np.array([scaled[i][known] for i, known in members])
+        for (i, known), split in zip(members, change_points(series, margin), strict=True):
+            found[i] = [int(known[k]) for k in split]
     return found
 
 
