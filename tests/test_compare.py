@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from peftbench.cli import main
+from peftbench.compare import by_time
 from peftbench.compare.as_json import held, json_text
 from peftbench.compare.compare import compare, compare_paths
 from peftbench.compare.load import session_of
@@ -434,3 +435,29 @@ def test_the_index_keeps_what_tasks_have(tmp_path, monkeypatch):
 
     session = of([with_task("110", more=made.task("01"))])
     assert from_entry("file.json", json.loads(json.dumps(to_entry(session)))) == session
+
+
+@pytest.mark.parametrize(("spread", "verdict"), [(0.2, "inconclusive"), (0.005, "regressed")])
+def test_a_metric_of_few_cases_has_the_noise_of_its_like(spread, verdict):
+    """Ten inference cases, of which two have a merged model: as the quick preset of real nights."""
+    names = [f"m-a{number}-infer" for number in range(10)]
+    moves = [1 + spread, 1 - spread, 1 + spread / 2, 1 - spread / 2, 1.0] * 2
+
+    def side(factors: list[float], merged_s: float) -> list[dict[str, Any]]:
+        return [
+            made.case(name, base_decode_s=0.002 * factor, train_s=None,
+                      merged_decode_s=merged_s if name in names[:2] else None)
+            for name, factor in zip(names, factors, strict=True)
+        ]  # fmt: skip
+
+    rows, found = judged(side(moves, 0.0024), base=of(side([1.0] * 10, 0.002)))
+    row = rows[names[0], "merged_decode_s"]
+    assert row.verdict == verdict
+    assert ("noise as base_decode_s has in this pair" in row.reason) == (spread > 0.02)
+    assert ("noise taken as 2 %" in row.reason) == (spread < 0.02)
+    assert found.exit_code == (1 if verdict == "regressed" else 0)
+
+
+def test_a_spread_that_few_cases_show_is_known_less_well():
+    assert by_time._pair_df(34) == by_time.PAIR_DF
+    assert by_time._pair_df(10) == pytest.approx(3.33)

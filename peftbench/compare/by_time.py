@@ -22,6 +22,7 @@ from peftbench.compare.statistics import (
     shared,
 )
 from peftbench.compare.verdicts import Row, SuiteLine, plain_row, shares_of
+from peftbench.metrics import metric_of
 
 MOST_SESSIONS = 20
 LEAST_SESSIONS = 3
@@ -29,6 +30,10 @@ MANY_DF = 1e6  # of a noise that is stated and not estimated
 # Of a noise that one pair of sessions shows: its tails, fitted to 1,072 ratios between undisturbed
 # neighbours of eleven real nights (7.8 to 9.4 by metric), on a machine shared with others.
 PAIR_DF = 8.0
+# What an observation counts in a median absolute deviation of normal values.
+# Source: Rousseeuw and Croux 1993, section 1, https://doi.org/10.1080/01621459.1993.10476408
+MAD_EFFICIENCY = 0.37
+LEAST_OF_SPREAD = 5  # cases that tell a spread
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ class Predicted:
     metric: str
     tests: list[TimedCase]
     prediction: Prediction
-    noise: str  # where the spread comes from, in words
+    noise: str  # where the spread comes from, in words; "": from the history
+    spread: float = 0.0  # of two sessions: what the cases show of it; 0 for too few of them
 
 
 def log_of(row: CaseRow | None, metric: str) -> float:
@@ -95,18 +101,51 @@ def _from_two(
     machine = sentinel_shift(np.zeros((1, len(names))), ratios[0])[-1:] if names else np.zeros(1)
     middle = nanmedian(change[None, :], axis=1)
     shift = float(shared(middle, machine)[0]) if len(tests) >= LEAST_CASES else 0.0
-    spread = MAD_TO_SD * float(np.median(np.abs(change - middle))) / np.sqrt(2)
-    own = len(tests) >= 5 and spread > stated
+    spread = 0.0
+    if len(tests) >= LEAST_OF_SPREAD:
+        spread = MAD_TO_SD * float(np.median(np.abs(change - middle))) / np.sqrt(2)
+    own = spread > stated
     noise = spread if own else stated
     words = f"noise {'in this pair' if own else 'taken as'} {100 * noise:.2g} %"
     count = len(tests)
     prediction = Prediction(
         centre=old, estimate=change - shift, se=np.full(count, noise * np.sqrt(2)),
-        sd=np.full(count, noise), df=np.full(count, PAIR_DF if own else MANY_DF),
+        sd=np.full(count, noise), df=np.full(count, _pair_df(count) if own else MANY_DF),
         sessions=np.ones(count, dtype=int),
         machine=shift, session_means=np.array([]), raw=change,
     )  # fmt: skip
-    return Predicted(metric, tests, prediction, words)
+    return Predicted(metric, tests, prediction, words, spread)
+
+
+def _pair_df(cases: int) -> float:
+    """Degrees of freedom of a spread that so many cases of a pair show."""
+    return min(PAIR_DF, MAD_EFFICIENCY * (cases - 1))
+
+
+def with_borrowed_noise(groups: list[Predicted]) -> list[Predicted]:
+    """Of two sessions: a metric with too few cases has the largest spread of its like.
+
+    Those are the metrics of the same kinds of cases that have enough of them: merged models are
+    few, and what they take moves as much as what the base takes beside them.
+    """
+    lenders = [g for g in groups if g.spread > 0]
+    found = []
+    for group in groups:
+        kinds = metric_of(group.metric).kinds
+        like = [g for g in lenders if metric_of(g.metric).kinds == kinds]
+        most = max(like, key=lambda g: g.spread, default=None)
+        few = group.noise != "" and len(group.tests) < LEAST_OF_SPREAD
+        if not few or most is None or most.spread <= group.prediction.sd.max(initial=0.0):
+            found.append(group)
+            continue
+        count = len(group.tests)
+        prediction = replace(
+            group.prediction, se=np.full(count, most.spread * np.sqrt(2)),
+            sd=np.full(count, most.spread), df=np.full(count, _pair_df(len(most.tests))),
+        )  # fmt: skip
+        words = f"noise as {most.metric} has in this pair, {100 * most.spread:.2g} %"
+        found.append(replace(group, prediction=prediction, noise=words))
+    return found
 
 
 def noisy_rows(groups: list[Predicted], again: Session | None = None) -> list[Row]:

@@ -186,6 +186,7 @@ def metric_rows(
                     name, cases, sessions if has_history else None, base, new,
                     rules.session_noise_ratio,
                 ))  # fmt: skip
+    timed = by_time.with_borrowed_noise(timed)
     rows += by_time.noisy_rows(timed, again) + by_seed.seeded_rows(seeded)
     return rows, by_time.suite_lines(timed) + by_seed.seeded_suite_lines(seeded)
 

@@ -81,8 +81,8 @@ def suite_p(prediction: Prediction) -> float:
     known = np.isfinite(prediction.se)
     mean = float(np.mean(prediction.estimate[known]))
     if prediction.session_means.size == 0:  # two files: the standard error is all there is
-        se = float(np.median(prediction.se[known]))
-        return float(slower_p(np.array(mean), np.array(se), np.array(1e6)))
+        se, df = np.median(prediction.se[known]), np.median(prediction.df[known])
+        return float(slower_p(np.array(mean), np.array(se), np.array(df)))
     past = prediction.session_means[np.isfinite(prediction.session_means)]
     sessions = max(past.size, 2)
     own = float(np.sum((past - np.median(past)) ** 2) / (sessions - 1))

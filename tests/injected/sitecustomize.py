@@ -64,8 +64,18 @@ def in_children() -> None:
 
 
 if "peft" in WANTED:
-    VERSION = importlib.metadata.version
-    importlib.metadata.version = lambda name: WANTED["peft"] if name == "peft" else VERSION(name)
+    DISTRIBUTION = importlib.metadata.distribution
+
+    class OtherVersion(importlib.metadata.PathDistribution):
+        version = WANTED["peft"]
+
+    def distribution(name):
+        found = DISTRIBUTION(name)
+        if name == "peft":
+            found.__class__ = OtherVersion
+        return found
+
+    importlib.metadata.distribution = distribution  # `version` asks it as well
 
 if WANTED and "multiprocessing.forkserver" in " ".join(sys.orig_argv):
     in_children()
