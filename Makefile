@@ -18,7 +18,7 @@ DATA ?=
 export IMAGE DOCKER GPUS OUTPUT CACHE
 RUN = $(if $(LOCAL),$(BIN)/python -m peftbench,scripts/image.sh)
 
-.PHONY: help install bench test lint verify overhead calibration costs against-full sweep growth peers glossary clean \
+.PHONY: help install bench test lint verify overhead calibration costs against-full sweep growth scale peers glossary clean \
         build train infer shell image-check
 help:
 	@echo "make build    the pinned image (docker): trains, benchmarks and chats"
@@ -35,6 +35,7 @@ help:
 	@echo "make costs    write the table of PPO's cost against DPO's and ORPO's into docs/ppo.md"
 	@echo "make against-full  write the tables of adapters against full fine-tuning into docs/against-full.md"
 	@echo "make growth   a step's cost by batch, length and model size (15 minutes) -> docs/growth.md"
+	@echo "make scale    what a cluster's driver takes a round, and 10,000 cases on 1,000 GPUs -> docs/scaling.md"
 	@echo "make sweep    learning rates of the adapters that have no tuned ones (25 minutes) -> results/sweeps"
 	@echo "make peers    side by side with TRL 1.12 (PPO) and 1.16 (an hour) -> results/peers; PARTS=\"ppo\""
 	@echo "make glossary write the METRICS table into both READMEs"
@@ -88,6 +89,9 @@ against-full: install
 
 growth: install
 	$(BIN)/python scripts/growth.py $(ARGS)
+
+scale: install
+	$(BIN)/python scripts/scale.py $(ARGS)
 
 sweep: install
 	$(BIN)/python scripts/sweep.py $(ARGS)

@@ -392,6 +392,8 @@ class Preset:
         return of_its_kind(given, method)
 
 
+AXES = ("models", "adapters", "methods")  # as options name them
+
 # lambda: three of some twenty tokens tell true from false, and ORPO's term is a mean over all
 _QUICK = Settings(
     pairs=384, batch_size=8, orpo_lambda=4.0, eval_tokens=4096, eval_context=128, eval_stride=64,

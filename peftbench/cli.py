@@ -29,10 +29,12 @@ from peftbench.show import (
 from peftbench.summary import table
 from peftbench.use_commands import (
     add_fit_command,
+    add_plan_command,
     add_use_commands,
     bench,
     fit_into,
     infer,
+    plan_ahead,
     train_for_use,
 )
 
@@ -71,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_comparison_commands(commands)
     add_use_commands(commands)
     add_fit_command(commands)
+    add_plan_command(commands)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
     return parser
@@ -370,7 +373,9 @@ def main(arguments: list[str] | None = None) -> int:
             return infer(options)
         if options.command == "fit":
             return fit_into(options)
-        if options.command == "history":
+        if options.command == "plan":
+            write("\n".join(plan_ahead(options)))
+        elif options.command == "history":
             show_history(options)
         elif options.command == "report":
             make_report(options)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Generator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,23 @@ import pytest
 
 from peftbench import gate, trackers
 from peftbench.adapters import ADAPTERS
-from peftbench.case import PRESETS, Case, Preset, check_ppo, check_settings
-from peftbench.errors import UserError, check_names
-from peftbench.methods import INFER, METHODS, uses_ppo
+from peftbench.case import AXES, PRESETS, Case, Preset
+from peftbench.errors import UserError
+from peftbench.methods import INFER, METHODS
 from peftbench.metrics import METRICS, kind_of
-from peftbench.models import resolved
 from peftbench.preflight import impossible, preflight, preflight_inference
 from peftbench.privacy import without_secrets
 from peftbench.progress import Progress
 from peftbench.record import FORMAT, dumps, write_atomically
 from peftbench.round_reports import report_rounds
 from peftbench.rounds import run_case
+from peftbench.selection import Cases, select
 from peftbench.session import Session
-from peftbench.setting_options import SETTING_OPTIONS, add_setting_options
-from peftbench.shard import Shard, expected_seconds, parts
+from peftbench.setting_options import SETTING_OPTIONS, add_setting_options, size
+from peftbench.shard import Shard, expected_seconds, longest_first, parts
 from peftbench.summary import summary_lines
 
-# By the strings that a test's parameters are: the model's public name, the adapter, the method.
-Cases = dict[tuple[str, str, str], Case]
+CLUSTER_OPTIONS = ("ray_address", "runtime_env", "round_cpus", "round_memory")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -62,68 +60,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--expected-times", metavar="PATH",
-        help="earlier result files, by whose times the parts of --shard become equally long",
+        help="earlier result files: by their times the parts of --shard become equally long, and"
+        " a cluster takes the longest rounds first",
     )  # fmt: skip
+    group.addoption(
+        "--dispatch", choices=("local", "ray"), default="local",
+        help="ray: every round is a task of a Ray cluster, each GPU measuring one at a time",
+    )  # fmt: skip
+    group.addoption(
+        "--ray-address", metavar="HOST:PORT",
+        help="the cluster's (default: RAY_ADDRESS, else one of this machine alone)",
+    )  # fmt: skip
+    group.addoption(
+        "--runtime-env", metavar="JSON", help="the tasks' environment, in Ray's own form"
+    )
+    group.addoption(
+        "--round-cpus", type=int, metavar="N",
+        help="CPUs that a round takes of its node (default: its threads, or all)",
+    )  # fmt: skip
+    group.addoption(
+        "--round-memory", type=size, metavar="SIZE", help="memory that a round takes of its node"
+    )
     gate.add_options(group)
     group.addoption("--report-to", metavar="A,B", default="none", help=trackers.HELP)
     add_setting_options(group.addoption)
 
 
-def _names(config: pytest.Config, option: str) -> tuple[str, ...]:
-    """The names that an option asks for; none where it is not given."""
-    given = config.getoption(option)
-    if given is None:
-        return ()
-    names = tuple(dict.fromkeys(n.strip() for n in given.split(",") if n.strip()))
-    if not names:
-        raise UserError(f"--{option} is empty; give at least one name")
-    return names
-
-
-def is_asked(cell: tuple[str, str, str], asked: list[tuple[str, ...]]) -> bool:
-    """Whether a preset's single cell has, on each axis that an option names, one of its names."""
-    return all(not names or name in names for name, names in zip(cell, asked, strict=True))
-
-
 def selection(config: pytest.Config) -> tuple[Preset, Cases]:
-    """The preset with the options applied, and its cases in order."""
-    name = config.getoption("preset")
-    check_names("preset", [name], PRESETS)
-    preset = PRESETS[name]
+    """The preset with the options applied, and its cases in order. Raises: UserError."""
     given = {option.setting: config.getoption(option.dest) for option in SETTING_OPTIONS}
-    options = {k: v for k, v in given.items() if v is not None}
-    rounds = config.getoption("rounds")
-    asked = [_names(config, axis) for axis in ("models", "adapters", "methods")]
-    preset = Preset(
-        asked[0] or preset.models,
-        asked[1] or preset.adapters,
-        asked[2] or preset.methods,
-        replace(preset.settings, **options),
-        preset.rounds if rounds is None else rounds,
-        extra=tuple(cell for cell in preset.extra if is_asked(cell, asked)),
-        ppo={**preset.ppo, **options} if preset.ppo else {},
+    return select(
+        config.getoption("preset"),
+        {axis: config.getoption(axis) for axis in AXES},
+        {name: value for name, value in given.items() if value is not None},
+        config.getoption("rounds"),
     )
-    check_names("adapter", preset.adapters, ADAPTERS)
-    check_names("method", preset.methods, (*METHODS, INFER))
-    if preset.rounds < 1:
-        raise UserError(f"rounds is {preset.rounds}; it must be at least 1")
-    check_settings(preset.settings)
-    cases: dict[tuple[str, str, str], Case] = {}
-    for axes in preset.cells():
-        settings = preset.settings_of(axes[2])
-        if uses_ppo(axes[2]):
-            check_settings(settings)
-            check_ppo(settings)
-        case = resolved(Case(*axes, settings))
-        public = case.public()
-        key = (public.model, public.adapter, public.method)
-        if key in cases:
-            raise UserError(
-                f"models {cases[key].model!r} and {case.model!r} have one name, {public.model!r}:"
-                " their records could not be told apart; rename a folder, or run one at a time"
-            )
-        cases[key] = case
-    return preset, cases
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -184,11 +155,43 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             folder, Progress(len(items)), preset.rounds, config.getoption("case_timeout"),
             config.getoption("resume"), chosen, config.stash.get(SHARD, None),
         )  # fmt: skip
+        if config.getoption("dispatch") == "ray":
+            dispatch(config, ours, chosen)
     except UserError as error:
         raise pytest.UsageError(without_secrets(str(error))) from None
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=ours.clock))
     config.stash[SESSION] = ours
+
+
+def dispatch(config: pytest.Config, ours: Session, cases: list[Case]) -> None:
+    """Hand out every round that is not on disk, the longest first if times are known.
+
+    Raises: UserError.
+    """
+    from peftbench.cluster import Cluster, RayOptions
+
+    times = config.getoption("expected_times")
+    if times is not None:
+        cases = longest_first(cases, expected_seconds(Path(times)))
+    runtime_env = config.getoption("runtime_env")
+    cluster = Cluster(ours, RayOptions(
+        config.getoption("ray_address"),
+        None if runtime_env is None else Path(runtime_env),
+        config.getoption("round_cpus"),
+        config.getoption("round_memory") or 0,
+    ))  # fmt: skip
+    ours.elsewhere = cluster
+    try:
+        for case in cases:
+            if impossible(case) is None:
+                cluster.submit(case, [
+                    index for index in range(ours.rounds)
+                    if ours.earlier(case, case.settings.seed + index) is None
+                ])  # fmt: skip
+    except BaseException:
+        ours.close()
+        raise
 
 
 def refuse_other_modes(config: pytest.Config) -> None:
@@ -200,6 +203,16 @@ def refuse_other_modes(config: pytest.Config) -> None:
         )
     if config.getoption("numprocesses", None) or "PYTEST_XDIST_WORKER" in os.environ:
         raise UserError("pytest-xdist (-n) would run measured cases side by side; leave it out")
+    ours = {n: config.getoption(n) for n in CLUSTER_OPTIONS if config.getoption(n) is not None}
+    if ours and config.getoption("dispatch") != "ray":
+        raise UserError(f"--{next(iter(ours)).replace('_', '-')} needs --dispatch ray")
+    if config.getoption("dispatch") == "ray" and config.getoption("confirm"):
+        raise UserError(
+            "--confirm runs suspects again on this machine; with --dispatch ray leave it out"
+        )
+    cpus = config.getoption("round_cpus")
+    if cpus is not None and cpus < 1:
+        raise UserError(f"round-cpus is {cpus}; it must be at least 1")
     if config.getoption("case_timeout") <= 0:
         raise UserError(f"case-timeout is {config.getoption('case_timeout')}; it must be above 0")
 
@@ -307,8 +320,8 @@ class ShardSelection:
     def _select(config: pytest.Config, items: list[pytest.Item]) -> None:
         given, times = config.getoption("shard"), config.getoption("expected_times")
         if given is None:
-            if times is not None:
-                raise UserError("--expected-times needs --shard")
+            if times is not None and config.getoption("dispatch") != "ray":
+                raise UserError("--expected-times needs --shard or --dispatch ray")
             return
         shard = Shard.parse(given)
         ids = [i.callspec.id for i in items if is_bench_item(i)]  # type: ignore[attr-defined]
@@ -332,7 +345,8 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     """Every case under one key of our own, those without a time included."""
     session = config.stash.get(SESSION, None)
     if session is not None:
-        if session.rows and session.rows[-1]["status"] != "interrupted":
+        complete = session.rows and session.rows[-1]["status"] != "interrupted"
+        if complete and session.elsewhere is None:
             session.time_machine("end", next(iter(config.stash[SELECTION][1].values())))
         output_json["peftbench"] = session_json(session)
 

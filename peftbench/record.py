@@ -75,7 +75,7 @@ def merge_rounds(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         name: _merged_task([r["tasks"][name] for r in calm]) for name in first.get("tasks", {})
     }
     keep = ("seed", "losses", "ppo_history", "compilation", "items", "tasks", "start_unix_s",
-            "disturbances", *METRICS)  # fmt: skip
+            "disturbances", "dispatch", *METRICS)  # fmt: skip
     merged["disturbances"] = sorted({d for r in rounds for d in r.get("disturbances", [])})
     merged["calm_rounds"] = sum(not r.get("disturbances") for r in rounds)
     merged["rounds"] = [{k: r[k] for k in keep if k in r} for r in rounds]

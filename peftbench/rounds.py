@@ -79,12 +79,18 @@ def add_infer_gpu_readings(record: dict[str, Any], trace: Trace) -> None:
     record["gpu"] = found.to_dict()
 
 
+def file_stem(case: Case, round_index: int) -> str:
+    """How a round's record and log are named in the run's folder."""
+    return f"{case.id}-{case.hash}-r{round_index}"
+
+
 class CaseRounds:
     """The rounds of one case, as pytest-benchmark calls them: setup, target, teardown."""
 
-    def __init__(self, session: Session, case: Case) -> None:
+    def __init__(self, session: Session, case: Case, first: int = 0) -> None:
         self._session = session
         self._case = case
+        self._first = first  # the index of the first round here, others being elsewhere
         self._kind = kind_of(case.id)
         self._child: Child | None = None
         self._sampler: Sampler | None = None
@@ -101,21 +107,27 @@ class CaseRounds:
         self._reap()
 
     def setup(self) -> None:
-        """Start a child and wait until it has warmed up; not for a round that is on disk."""
+        """Start a child and wait until it has warmed up; not for a round that is on disk.
+
+        A round that runs elsewhere is waited for until it is.
+        """
         session = self._session
-        if "start" not in session.sentinels:
+        if session.elsewhere is None and "start" not in session.sentinels:
             session.time_machine("start", self._case)
-        round_index = len(self.records)
+        round_index = self._first + len(self.records)
         case = self._case.with_seed(self._case.settings.seed + round_index)
         self._earlier = session.earlier(self._case, case.settings.seed)
         if self._earlier is not None:
             self.replayed += 1
             return
+        if session.elsewhere is not None:
+            self._earlier = session.elsewhere.record(self._case, round_index)
+            return
         job = self._job(case)
         self._sampler = session.sampler(self._case)
         if self._sampler is not None:
             self._sampler.start()  # what the device holds before the child is there
-        self._child = session.child(job, self._file_stem(round_index))
+        self._child = session.child(job, file_stem(self._case, round_index))
         if self._sampler is not None and self._child.process.pid is not None:
             self._sampler.set_pid(self._child.process.pid)
         self._child.receive("ready")
@@ -159,16 +171,13 @@ class CaseRounds:
             add = add_infer_gpu_readings if self._kind == "infer" else add_gpu_readings
             add(record, self._sampler.stop())
             self._sampler = None
-        name = f"{self._file_stem(len(self.records))}.json"
+        name = f"{file_stem(self._case, self._first + len(self.records))}.json"
         write_atomically(self._session.folder / name, dumps(record))
         self.records.append(record)
         self._reap()
 
     def record(self) -> dict[str, Any]:
         return merge_rounds(self.records)
-
-    def _file_stem(self, round_index: int) -> str:
-        return f"{self._case.id}-{self._case.hash}-r{round_index}"
 
     def _reap(self) -> None:
         if self._sampler is not None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from peftbench import provenance
 from peftbench.case import Case
@@ -30,6 +30,16 @@ from peftbench.summary import infer_words
 from peftbench.worker import COMPILE_CACHE, Child, Outcome, RoundStoppedError, process_context
 
 
+class Elsewhere(Protocol):
+    """Where rounds run that do not run on this machine: cluster.py."""
+
+    def record(self, case: Case, round_index: int) -> dict[str, Any]:
+        """Wait for a round; its record, which is on disk. Raises: RoundStoppedError."""
+
+    def close(self) -> None:
+        """End what still runs."""
+
+
 class Session:
     """What all cases of one pytest session share."""
 
@@ -42,14 +52,16 @@ class Session:
         resume: str | None = None,
         cases: Iterable[Case] = (),
         shard: dict[str, Any] | None = None,
+        run_id: str | None = None,
     ) -> None:
         fresh = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + "-" + secrets.token_hex(3)
-        self.run_id = resume or fresh
+        self.run_id = resume or run_id or fresh
         self.folder = folder / self.run_id
         self.clock = ReplayClock()
         self.sentinels: dict[str, dict[str, Any] | None] = {}  # by moment: start, end
         self._earlier = {} if resume is None else earlier_rounds(self.folder, self.run_id, cases)
         self.shard = shard  # which part of the matrix this is; None: all of it
+        self.elsewhere: Elsewhere | None = None
         self.rounds = rounds
         self.progress = progress
         self.time_limit_s = time_limit_s
@@ -161,7 +173,9 @@ class Session:
         self.progress.finished(result_line(row) + note)
 
     def close(self) -> None:
-        """Remove what only the session's own rounds need."""
+        """Remove what only the session's own rounds need, and end what runs elsewhere."""
+        if self.elsewhere is not None:
+            self.elsewhere.close()
         shutil.rmtree(self.folder / COMPILE_CACHE, ignore_errors=True)
 
     def skip(self, case: Case, sentence: str) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftbench.case import Case
 from peftbench.compare.order import files_below
 from peftbench.errors import UserError
 from peftbench.result_files import case_records, read_json, reading
@@ -59,6 +60,18 @@ def expected_seconds(path: Path) -> dict[str, float]:
     return {case_id: statistics.median(seconds) for case_id, seconds in found.items() if seconds}
 
 
+def lengths(case_ids: Sequence[str], seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of every case; one of unknown length counts as the median of the others."""
+    usual = statistics.median(seconds.values()) if seconds else 1.0
+    return {case_id: seconds.get(case_id, usual) for case_id in case_ids}
+
+
+def longest_first(cases: Sequence[Case], seconds: Mapping[str, float]) -> list[Case]:
+    """So that the last rounds to end are short ones; the order given where lengths are equal."""
+    length = lengths([case.id for case in cases], seconds)
+    return sorted(cases, key=lambda case: -length[case.id])
+
+
 def parts(case_ids: Sequence[str], count: int, seconds: Mapping[str, float]) -> list[list[str]]:
     """The cases of each of `count` parts, in the order given; every case is in exactly one.
 
@@ -68,8 +81,7 @@ def parts(case_ids: Sequence[str], count: int, seconds: Mapping[str, float]) -> 
     """
     if count > len(case_ids):
         raise UserError(f"--shard asks for {count} parts of {len(case_ids)} cases; use fewer")
-    usual = statistics.median(seconds.values()) if seconds else 1.0
-    length = {case_id: seconds.get(case_id, usual) for case_id in case_ids}
+    length = lengths(case_ids, seconds)
     load = [0.0] * count
     part_of: dict[str, int] = {}
     for case_id in sorted(case_ids, key=lambda c: -length[c]):  # sorted is stable: ties by order

@@ -17,6 +17,7 @@ from typing import Any
 from peftbench import trackers
 from peftbench.adapters import ADAPTERS
 from peftbench.case import (
+    AXES,
     CHOICES,
     PRESETS,
     Case,
@@ -28,7 +29,7 @@ from peftbench.case import (
 from peftbench.errors import InvalidTrainingError, UserError, check_names
 from peftbench.hub import hub_token
 from peftbench.methods import METHODS, uses_ppo
-from peftbench.setting_options import TRAIN_OPTIONS, add_setting_options, size
+from peftbench.setting_options import SETTING_OPTIONS, TRAIN_OPTIONS, add_setting_options, size
 
 TRAINED = Path("output/train")
 BENCH_JSON = Path("output/run.json")
@@ -104,6 +105,83 @@ def add_fit_command(commands: Any) -> None:
     fit.add_argument("--results", nargs="+", type=Path, default=[], metavar="FILE",
                      help="records in which the qualities of this model stand")  # fmt: skip
     fit.add_argument("--case-timeout", type=float, default=600.0, metavar="SECONDS")
+
+
+def add_plan_command(commands: Any) -> None:
+    """`plan`: what a matrix will take, from earlier records."""
+    plan = commands.add_parser(
+        "plan", help="estimate a matrix's time, energy and memory from earlier records",
+        description="Estimates what `pytest bench` with the same options will take, from earlier"
+        " records of one kind of machine. Nothing is measured and nothing is run.",
+    )  # fmt: skip
+    plan.add_argument("--preset", default="quick", help=f"one of: {', '.join(PRESETS)}")
+    for axis in AXES:
+        plan.add_argument(f"--{axis}", metavar="A,B", help="in the place of the preset's")
+    plan.add_argument("--rounds", "--seeds", type=int, dest="rounds")
+    plan.add_argument("--gpus", type=int, default=1, metavar="K",
+                      help="GPUs, or machines without one, that take rounds (1)")  # fmt: skip
+    plan.add_argument("--records", nargs="+", type=Path, default=[Path("results")], metavar="PATH",
+                      help="earlier result files or folders (default: results)")  # fmt: skip
+    plan.add_argument("--machine", metavar="NAME", help="whose records count: a part of its name"
+                      " (default: that of the newest)")  # fmt: skip
+    plan.add_argument("--longest-first", action="store_true",
+                      help="as `--dispatch ray --expected-times` does")  # fmt: skip
+    plan.add_argument("--mean-hours", type=float, default=float("inf"), metavar="H",
+                      help="between two failures of a GPU (default: none fails)")  # fmt: skip
+    plan.add_argument("--away-minutes", type=float, default=10.0, metavar="M",
+                      help="until a failed GPU takes rounds again (default: 10)")  # fmt: skip
+    plan.add_argument("--dispatch-ms", type=float, default=0.0, metavar="MS",
+                      help="the driver's time for a round (0; docs/scaling.md)")  # fmt: skip
+    plan.add_argument("--check", type=Path, metavar="FILE",
+                      help="a session that was run: how far off the estimate is")  # fmt: skip
+    settings = plan.add_argument_group("settings, each in place of the preset's")
+    add_setting_options(settings.add_argument)
+
+
+def plan_ahead(options: argparse.Namespace) -> list[str]:
+    """The estimate's lines."""
+    from peftbench.plan import (
+        Failures,
+        check_lines,
+        costs_of,
+        expect,
+        of_one_machine,
+        plan_lines,
+        read_past,
+    )
+    from peftbench.preflight import impossible
+    from peftbench.selection import select
+
+    for name, least in (("gpus", 1), ("mean_hours", 1e-3), ("away_minutes", 0), ("dispatch_ms", 0)):
+        if not getattr(options, name) >= least:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is {getattr(options, name)}; it must be at least {least:g}")
+    given = {o.setting: getattr(options, o.dest) for o in SETTING_OPTIONS}
+    preset, cases = select(
+        options.preset, {axis: getattr(options, axis) for axis in AXES},
+        {name: value for name, value in given.items() if value is not None}, options.rounds,
+    )  # fmt: skip
+    real = [] if options.check is None else read_past(options.check)
+    if options.check is not None and not real:
+        raise UserError(f"--check {str(options.check)!r} has no round in it; give another session")
+    seen = {(p.start_unix_s, p.machine) for p in real}  # which must not foretell itself
+    past = [p for path in options.records for p in read_past(path)]
+    past = [p for p in past if (p.start_unix_s, p.machine) not in seen]
+    past = of_one_machine(past, real[0].machine if real else options.machine)
+    costs = costs_of(past, options.dispatch_ms / 1000)
+    failures = Failures(options.mean_hours, 60 * options.away_minutes)
+    known, unknown = expect([c for c in cases.values() if impossible(c) is None], past)
+    if options.longest_first:
+        known.sort(key=lambda expected: -expected.seconds)
+    if not known:
+        raise UserError(
+            f"the records of {past[0].machine} have none of these models and methods; give others"
+            " with --records, or --machine"
+        )
+    lines = plan_lines(known, unknown, preset.rounds, options.gpus, past, costs, failures)
+    if real:
+        lines += ["", *check_lines(known, preset.rounds, costs, real[0])]
+    return lines
 
 
 def fit_into(options: argparse.Namespace) -> int:

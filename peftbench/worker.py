@@ -55,6 +55,8 @@ SERVER_ENVIRONMENT = {
 # find the code there, so that two sessions of the same rounds compare.
 COMPILE_CACHE = ".compiled"
 _COMPILE_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+# A cluster gives a parent other devices from round to round; the server has those of its start.
+_VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the user's to mend: no traceback
 
@@ -147,9 +149,12 @@ class Child:
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(  # type: ignore[attr-defined]
             target=child_main,
-            args=(theirs, job, str(log), self._scratch, compile_cache_of(log)),
+            args=(
+                theirs, job, str(log), self._scratch, compile_cache_of(log),
+                os.environ.get(_VISIBLE_DEVICES),
+            ),
             daemon=True,
-        )
+        )  # fmt: skip
         try:
             with _clean_start():
                 _start_server(context)
@@ -253,7 +258,12 @@ def compile_cache_of(log: Path) -> str:
 
 
 def child_main(
-    connection: Connection, job: dict[str, Any], log: str, scratch: str, compile_cache: str
+    connection: Connection,
+    job: dict[str, Any],
+    log: str,
+    scratch: str,
+    compile_cache: str,
+    visible_devices: str | None,
 ) -> None:
     """Run one job and send its result; what goes wrong becomes a status here and nowhere else."""
     _die_with_parent()
@@ -264,6 +274,9 @@ def child_main(
     tempfile.tempdir = os.environ["TMPDIR"] = str(Path(scratch).absolute())
     os.environ.update(SERVER_ENVIRONMENT)  # a spawned child has no server to inherit it from
     os.environ[_COMPILE_CACHE_VARIABLE] = compile_cache
+    os.environ.pop(_VISIBLE_DEVICES, None)
+    if visible_devices is not None:
+        os.environ[_VISIBLE_DEVICES] = visible_devices
     pipe = _Pipe(connection)
     try:
         connection.send(("result", _run(job, pipe)))

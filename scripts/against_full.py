@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pages import write_part
 
 from peftbench.adapters import ADAPTERS
 from peftbench.compare.statistics import t_quantile
@@ -29,7 +30,6 @@ from peftbench.result_files import read_json, session_part
 from peftbench.show import counted_rounds, read_rows
 from peftbench.summary import MEMORY_SOURCES, memory_of
 
-START, END = "<!-- against full: made by `make against-full` -->", "<!-- end of against full -->"
 CONFIDENCE = 0.90
 MANY = 10_000  # degrees of freedom of an interval over items: a normal distribution's
 GAP = "generalization_gap_nats_per_token"
@@ -298,11 +298,7 @@ def page_lines(files: list[Path]) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     page, *files = (Path(a) for a in arguments)
-    text = page.read_text(encoding="utf-8")
-    head, rest = text.split(START)
-    tail = rest.split(END)[1]
-    lines = page_lines(files)
-    page.write_text(f"{head}{START}\n" + "\n".join(lines) + f"{END}{tail}", encoding="utf-8")
+    write_part(page, "against-full", "\n".join(page_lines(files)))
     return 0
 
 

@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pages import write_part
+
 from peftbench.show import read_rows
 from peftbench.summary import MIB, memory_of
 
-START, END = "<!-- costs: made by `make costs` -->", "<!-- end of costs -->"
 AXES = ("model", "adapter", "method")
 COMPARED = ("dpo", "orpo", "ppo")
 HEADER = (
@@ -67,7 +68,6 @@ def _change(row: dict[str, Any], name: str, form: str) -> str:
 
 def main() -> int:
     page, *files = (Path(a) for a in sys.argv[1:])
-    text = page.read_text(encoding="utf-8")
     lines = [HEADER, "|---|---|---|---|---|---|---|---|---|"]
     by_folder: dict[Path, list[dict[str, Any]]] = {}
     for file in files:
@@ -80,11 +80,7 @@ def main() -> int:
         lines += cost_rows(ended)
         used += sorted({record["file"] for record, _ in comparisons(ended)})
     names = ", ".join(f"`{file}`" for file in used)
-    head, rest = text.split(START)
-    tail = rest.split(END)[1]
-    page.write_text(
-        f"{head}{START}\n" + "\n".join(lines) + f"\n\nFrom {names}.\n{END}{tail}", encoding="utf-8"
-    )
+    write_part(page, "costs", "\n".join([*lines, "", f"From {names}."]))
     return 0
 
 

@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pages import write_part
+
 from peftbench import provenance
 from peftbench.case import Case, Settings
 from peftbench.errors import UserError
@@ -35,7 +37,6 @@ from peftbench.summary import MIB, memory_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "growth.md"
-START, END = "<!-- growth: made by `make growth` -->", "<!-- end of growth -->"
 MODELS = "tiny-gpt2,smollm2-135m-instruct-q4,gpt-2"
 BATCHES, LENGTHS = (1, 2, 4, 8, 16), (64, 128, 256, 512, 1024)
 BATCH, LENGTH = 4, 128  # of the other axis
@@ -271,17 +272,6 @@ def read(file: Path) -> tuple[dict[str, Any], list[Measured]]:
     return facts, found
 
 
-def write_page(page: Path, lines: Sequence[str]) -> None:
-    """Put the table between the marks of the page; a page that is not there is nothing but it."""
-    text = page.read_text(encoding="utf-8") if page.exists() else f"{START}\n{END}\n"
-    head, _, rest = text.partition(START)
-    if END not in rest:
-        raise UserError(f"{page} lacks the marks {START!r} and {END!r}; give another --output")
-    tail = rest.partition(END)[2]
-    made = "\n".join([START, *lines, "", f"![step times]({page.stem}.png)", END])
-    write_atomically(page, head + made + tail)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--models", default=MODELS)
@@ -309,7 +299,9 @@ def main() -> int:
     title = facts["title"]
     lines = table(found)
     print("\n".join(lines))
-    write_page(options.output, [f"{title}; commit {str(facts['commit'])[:12]}.", "", *lines])
+    picture = f"![step times]({options.output.stem}.png)"
+    part = [f"{title}; commit {str(facts['commit'])[:12]}.", "", *lines, "", picture]
+    write_part(options.output, "growth", "\n".join(part))
     if not draw(figure(found, title), options.output.with_suffix(".png")):
         print("no browser: the picture is not drawn")
     return 0

@@ -4,12 +4,13 @@
    fifth of a second, and the steps of both kinds are compared, neighbour by neighbour. Without a
    GPU the real pynvml reads the tests' stand-in for the driver's library.
    On one thread, as a process that drives a GPU runs, and on all cores, where the sampler has none.
-2. The harness: the quick preset's wall time less the phases of its cases, of the children that
+2. Collection: what one more case adds to the time until pytest knows them all.
+3. The harness: the quick preset's wall time less the phases of its cases, of the children that
    score the bases, and the sentinels. Start-up ends when the first of them begins its work.
 
-Figures have their standard error. Exits with 1 unless both limits are shown to be kept: 1 % of the
+Figures have their standard error. Exits with 1 unless all limits are shown to be kept: 1 % of the
 training process's CPU time on one thread, two standard errors added (a CPU run is not sampled at
-all), and 0.3 s a case plus 8 s of start-up.
+all), 10 ms a collected case, and 0.3 s a case plus 8 s of start-up.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MOST_SAMPLER_RATIO = 0.01
 MOST_CASE_S, MOST_START_S = 0.3, 8.0
+MOST_COLLECT_S = 0.010  # a case
+COLLECTIONS = 7  # of each preset
 BLOCK_S, BLOCKS = 0.2, 600
 SCENE = """driver 575.57.08
 cuda 12090
@@ -160,6 +163,24 @@ def slow_down(blocks: list[tuple[bool, list[float]]]) -> tuple[float, float]:
     return statistics.mean(kept), error
 
 
+def collect_s() -> float:
+    """Median seconds that one more case takes to collect: `quick-full` beside `smoke`, in turns."""
+    rows = []
+    for _ in range(COLLECTIONS):
+        found = []
+        for preset in ("smoke", "quick-full"):
+            started_s = time.monotonic()
+            out = subprocess.run(
+                [sys.executable, "-m", "pytest", "bench", "--collect-only", "-q",
+                 "-p", "no:cacheprovider", "--preset", preset],
+                cwd=ROOT, capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            found.append((time.monotonic() - started_s, out.stdout.count("::")))
+        (few_s, few), (many_s, many) = found
+        rows.append((many_s - few_s) / (many - few))
+    return statistics.median(rows)
+
+
 def harness_s(folder: Path, arguments: list[str]) -> tuple[float, float, int]:
     """(seconds outside all phases and after the start-up, start-up seconds, cases)."""
     file = folder / "run.json"
@@ -210,6 +231,8 @@ def main() -> int:
         ratios[threads] = sampler_ratio(threads)
         for clock, (mean, error) in ratios[threads].items():
             print(f"  {threads} thread(s), {clock} time of a step: {mean:+.2%} +- {error:.2%}")
+    a_case_s = collect_s()
+    print(f"collection: {1000 * a_case_s:.1f} ms a case; limit {1000 * MOST_COLLECT_S:.0f} ms")
     with tempfile.TemporaryDirectory() as folder:
         outside_s, start_s, cases = harness_s(Path(folder), sys.argv[1:])
     limit_s = MOST_START_S + MOST_CASE_S * cases
@@ -220,7 +243,7 @@ def main() -> int:
     mean, error = ratios[1]["cpu"]
     most = mean + 2 * error
     print(f"sampler, 1 thread: at most {most:.2%} of the CPU time; limit {MOST_SAMPLER_RATIO:.0%}")
-    return int(most > MOST_SAMPLER_RATIO or outside_s > limit_s)
+    return int(most > MOST_SAMPLER_RATIO or a_case_s > MOST_COLLECT_S or outside_s > limit_s)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from peftbench.data.loading import check_lengths
 from peftbench.errors import UserError, unknown_name
 from peftbench.methods import INFER, METHODS, uses_ppo
 from peftbench.models import MODELS, model_context, resolved
-from peftbench.plugin import is_asked
+from peftbench.selection import is_asked
 
 
 def test_id_reads_model_adapter_method():

@@ -86,22 +86,6 @@ def test_every_point_of_both_axes_is_a_case_once():
         growth.case_of("tiny-gpt2", options, 4, 1024)
 
 
-def test_the_table_goes_between_the_marks_of_its_page(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{growth.START}\nold\n{growth.END}\nafter\n")
-    growth.write_page(page, ["new"])
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert "old" not in text
-    assert "new\n\n![step times](page.png)" in text
-    growth.write_page(tmp_path / "other.md", ["new"])
-    assert (tmp_path / "other.md").read_text().startswith(growth.START)
-    page.write_text("a page of something else")
-    with pytest.raises(UserError, match="lacks the marks"):
-        growth.write_page(page, ["new"])
-
-
 def test_what_was_written_is_read_back(tmp_path):
     found = [*measured([(4, 128, 2.0, 150.0)]), growth.Measured("m", 8, 128, "oom", "why")]
     file = tmp_path / "growth.json"

@@ -12,10 +12,11 @@ from bench_run import ROOT, bench, cases, own_compare, rows
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peftbench.case import Case
 from peftbench.cli import main
 from peftbench.compare.load import read_session
 from peftbench.errors import UserError
-from peftbench.shard import Shard, expected_seconds, parts
+from peftbench.shard import Shard, expected_seconds, longest_first, parts
 
 IDS = [f"m-{i}" for i in range(40)]
 LENGTHS = st.lists(st.floats(0.1, 1000), min_size=1, max_size=len(IDS))
@@ -53,6 +54,13 @@ def test_parts_by_time_are_more_even_than_parts_by_number():
     assert parts(ids, 2, {}) == [["long", "b"], ["a", "c"]]
     # what no record knows counts as the median of what they know
     assert parts(ids, 2, {"long": 30, "a": 10, "b": 10}) == [["long"], ["a", "b", "c"]]
+
+
+def test_a_cluster_takes_the_longest_first():
+    cases = [Case("m", "lora", method) for method in ("sft", "dpo", "orpo", "ppo")]
+    known = {"m-lora-dpo": 3.0, "m-lora-ppo": 9.0, "m-lora-sft": 1.0}
+    assert [c.method for c in longest_first(cases, known)] == ["ppo", "dpo", "orpo", "sft"]
+    assert longest_first(cases, {}) == cases
 
 
 def test_expected_seconds_are_the_medians_of_earlier_rounds(tmp_path):
@@ -151,7 +159,7 @@ def test_shards_of_the_command_line_are_checked_before_anything_runs(tmp_path):
     for arguments, said in (
         (("--shard", "5/4"), "give i/n"),
         (("--shard", "1/99"), "asks for 99 parts"),
-        (("--expected-times", "x.json"), "--expected-times needs --shard"),
+        (("--expected-times", "x.json"), "--expected-times needs --shard or --dispatch ray"),
         (("--shard", "1/2", "--expected-times", "x.json"), "cannot read"),
     ):
         code, text, _ = bench(tmp_path, *arguments)

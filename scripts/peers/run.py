@@ -3,7 +3,8 @@
     python scripts/peers/run.py ppo functions curve --trl-1.12 .venv-peers-trl-1.12/bin/python
 
 Parts: `ppo` (time, memory and floors on the real model), `functions` (the arithmetic on the same
-tensors), `curve` (the toy reward on a tiny model), `pairs-...` (SFT, DPO, ORPO against TRL 1.16).
+tensors), `curve` (the toy reward on a tiny model), `quick` (the preset against plain TRL scripts),
+`pairs-...` (SFT, DPO, ORPO against TRL 1.16).
 Each part prints a table and its goals and writes results/peers/<part>.json and .txt. A goal that is
 missed does not fail the command: the table says so.
 """
@@ -20,12 +21,13 @@ from typing import Any
 
 import compare_pairs
 import compare_ppo
+import compare_quick
 from sides import run_side
 
 from peftbench import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("ppo", "functions", "curve", *compare_pairs.GROUPS)
+PARTS = ("ppo", "functions", "curve", "quick", *compare_pairs.GROUPS)
 
 
 def library_versions(python: Path) -> dict[str, str]:
@@ -60,6 +62,7 @@ def main() -> int:
         "ppo": compare_ppo.measure,
         "curve": compare_ppo.curve,
         "functions": functions,
+        "quick": compare_quick.measure,
     }
     asked.results.mkdir(parents=True, exist_ok=True)
     where = provenance.describe()
