@@ -2,7 +2,8 @@
 
 Wall time from each command's start to its end: imports, models, training and scoring. What the
 scripts leave out is in peftbench's time all the same: the base scored beside each model, the merge,
-the text known by heart, memory, FLOPs. Inference cases have no script and run on neither side.
+the text known by heart, memory, FLOPs. It scores text in batches, the scripts one window after the
+other, as the page that they follow does. Inference cases have no script and run on neither side.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def own_run(preset: str) -> dict[str, Any]:
         started_s = time.perf_counter()
         done = subprocess.run(
             [OWN, "-m", "pytest", "bench", "--preset", preset, "-k", f"not {INFER}", "-q",
-             "-p", "no:cacheprovider", f"--benchmark-json={result}", f"--results-dir={folder}"],
+             "--device", "cpu", "-p", "no:cacheprovider", f"--benchmark-json={result}",
+             f"--results-dir={folder}"],
             cwd=ROOT, capture_output=True, text=True, check=False,
         )  # fmt: skip
         wall_s = time.perf_counter() - started_s

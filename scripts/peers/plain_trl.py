@@ -157,7 +157,8 @@ def ppo_trainer(work: Work, tokenizer: Any, folder: str) -> Any:
     )  # fmt: skip
     judge.train()
     values = arguments(work, folder) | {
-        "gradient_accumulation_steps": work["ppo_batch_size"] // work["batch_size"],
+        # a minibatch, which it cuts the whole batch into, is one optimiser step only like this
+        "per_device_train_batch_size": work["ppo_batch_size"],
         "num_mini_batches": work["ppo_batch_size"] // work["batch_size"],
         "num_ppo_epochs": work["ppo_epochs"],
         "total_episodes": len(work["train"]),
@@ -169,6 +170,7 @@ def ppo_trainer(work: Work, tokenizer: Any, folder: str) -> Any:
         "stop_token": "eos",
         "gradient_checkpointing": False,
     }
+    tokenizer.padding_side = "left"
     prompts = [tokenizer(prompt)["input_ids"] for prompt, _, _ in work["train"]]
     return PPOTrainer(
         args=PPOConfig(**values),
@@ -192,6 +194,8 @@ def scalar_model(folder: str, tokenizer: Any) -> Any:
 def perplexity(model: Any, tokenizer: Any, work: Work) -> float:
     """A sliding window over the held-out text, as transformers' page on perplexity writes it."""
     ids = tokenizer(work["text"], return_tensors="pt")["input_ids"][:, : work["eval_tokens"]]
+    if ids.shape[1] < work["eval_tokens"]:
+        raise ValueError(f"the held-out text has {ids.shape[1]} tokens only")
     nll, scored, reached = 0.0, 0, 0
     for begin in range(0, ids.shape[1], work["eval_stride"]):
         end = min(begin + work["eval_context"], ids.shape[1])

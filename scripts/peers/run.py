@@ -73,7 +73,9 @@ def main() -> int:
             peer = where["libraries"]
         else:
             numbers, text = run[part](asked.trl_ppo.absolute(), asked.sizes)
-            peer = library_versions(asked.trl_ppo.absolute())
+            # of `quick` most are on 1.16; its PPO on 1.12 as `ppo`
+            quick = part == "quick"
+            peer = where["libraries"] if quick else library_versions(asked.trl_ppo.absolute())
         versions = ", ".join(f"{n} {peer[n]}" for n in ("torch", "transformers", "peft", "trl"))
         text += f"\n{where['cpu']}, {where['cpu_cores']} cores; the peer: {versions}; {commit}\n"
         print(text, flush=True)
