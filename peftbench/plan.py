@@ -16,7 +16,7 @@ import statistics
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from peftbench.summary import MIB, table
 
 Base = tuple[str, str, bool]  # model, dtype of the weights, whether they are quantised
 EXACT, OTHER_SETTINGS, ALIKE = "the same case", "other settings", "cases alike"
+MOST_LIFETIMES = 5.0  # of a device that the longest round may take: one in 150 then ends
 _PEAKS = ("peak_gpu_memory_bytes", "host_peak_rss_bytes")  # the first that was measured
 
 
@@ -46,21 +47,20 @@ class PastRound:
 
 @dataclass(frozen=True)
 class Past:
-    """One earlier session."""
+    """One earlier session, or of one over several machines what ran on one of them.
+
+    `is_whole`: one round came after the other on one machine, from a start that is known, so that
+    what lies beside the rounds can be told; else it is 0.
+    """
 
     machine: str
     start_unix_s: float
     rounds: tuple[PastRound, ...]
-    bases_s: dict[Base, float]
-    start_up_s: float  # until the first round's child, sentinels included
-    between_s: float  # of a round: what its phases do not hold
-
-    @property
-    def wall_s(self) -> float:
-        """Of the session, as far as its parts were recorded."""
-        rounds_s = math.fsum(r.numbers["total_s"] for r in self.rounds)
-        outside_s = self.start_up_s + self.between_s * len(self.rounds)
-        return rounds_s + outside_s + sum(self.bases_s.values())
+    is_whole: bool
+    wall_s: float = 0.0  # from the session's start to its end
+    bases_s: dict[Base, float] = field(default_factory=dict)
+    start_up_s: float = 0.0  # until the first round's child, sentinels included
+    between_s: float = 0.0  # of a round: what its phases do not hold
 
 
 @dataclass(frozen=True)
@@ -111,45 +111,55 @@ def read_past(path: Path) -> list[Past]:
     for file in files_below(path) if path.is_dir() else [path]:
         data = read_json(file)
         with reading(file):
-            past = past_of(data)
-            if past is not None:
-                found.append(past)
+            found += past_of(data)
     return found
 
 
-def past_of(data: Any) -> Past | None:
-    """None for a file without a round: a session whose cases all failed."""
-    records = [r for r in case_records(data) if r["status"] == "ok"]
-    rounds = [
-        PastRound(
-            str(r["case_id"]), str(r["case_hash"]), (r["case"]["model"], r["case"]["method"]), entry
-        )
-        for r in records
-        for entry in r.get("rounds") or [r]
-        if entry.get("total_s") is not None
-    ]
-    if not rounds:
-        return None
-    ours, first = session_part(data), records[0]
+def past_of(data: Any) -> list[Past]:
+    """A session, one for each machine; none of a file without a round."""
+    by_machine: dict[str, list[PastRound]] = defaultdict(list)
+    for record in case_records(data):
+        if record["status"] == "ok":
+            kind = (str(record["case"]["model"]), str(record["case"]["method"]))
+            by_machine[machine_of(record)] += [
+                PastRound(str(record["case_id"]), str(record["case_hash"]), kind, entry)
+                for entry in record.get("rounds") or [record]
+                if entry.get("total_s") is not None
+            ]
+    found = [(machine, rounds) for machine, rounds in by_machine.items() if rounds]
+    if len(found) == 1:
+        return [_whole(*found[0], session_part(data))]
+    return [_part(machine, rounds) for machine, rounds in found]
+
+
+def _part(machine: str, rounds: list[PastRound]) -> Past:
+    starts_s = [r.numbers["start_unix_s"] for r in rounds]
+    return Past(machine, min(starts_s), tuple(rounds), is_whole=False)
+
+
+def _whole(machine: str, rounds: list[PastRound], ours: dict[str, Any]) -> Past:
+    """With what lay beside the rounds, unless the session was resumed, merged or a cluster's."""
+    sentinels = ours.get("sentinels") or {}
+    start, end = sentinels.get("start") or {}, sentinels.get("end") or {}
+    starts_s = [r.numbers["start_unix_s"] for r in rounds]
+    ended_s = max(r.numbers["start_unix_s"] + r.numbers["total_s"] for r in rounds)
+    if "start_unix_s" not in start or start["start_unix_s"] > min(starts_s):
+        return _part(machine, rounds)
+    if "start_unix_s" in end:
+        ended_s = max(ended_s, end["start_unix_s"] + end["seconds"])
+    begun_s = _begun_unix_s(ours, start["start_unix_s"])
+    start_up_s = start["start_unix_s"] + start["seconds"] - begun_s
     bases_s: dict[Base, float] = {}
     for base in ours.get("bases") or []:
         key = (str(base["model"]), str(base["dtype"]), bool(base["quantized"]))
-        bases_s[key] = bases_s.get(key, 0.0) + sum(base["phases"].values())
-    starts_s = [r.numbers["start_unix_s"] for r in rounds]
-    begun_s = _begun_unix_s(ours, min(starts_s))
-    ended_s = max(r.numbers["start_unix_s"] + r.numbers["total_s"] for r in rounds)
-    end = (ours.get("sentinels") or {}).get("end")
-    if end is not None and "start_unix_s" in end:
-        ended_s = max(ended_s, end["start_unix_s"] + end["seconds"])
-    start = (ours.get("sentinels") or {}).get("start")
-    start_up_s = 0.0
-    if start is not None and "start_unix_s" in start:
-        start_up_s = max(0.0, start["start_unix_s"] + start["seconds"] - begun_s)
-    rest_s = ended_s - begun_s - start_up_s - sum(bases_s.values())
-    rest_s -= sum(r.numbers["total_s"] for r in rounds)
+        bases_s[key] = bases_s.get(key, 0.0) + math.fsum(base["phases"].values())
+    rest_s = ended_s - begun_s - start_up_s - math.fsum(bases_s.values())
+    rest_s -= math.fsum(r.numbers["total_s"] for r in rounds)
+    if rest_s < 0:  # rounds ran side by side
+        return _part(machine, rounds)
     return Past(
-        machine_of(first), begun_s, tuple(rounds), bases_s, start_up_s,
-        max(0.0, rest_s) / len(rounds),
+        machine, begun_s, tuple(rounds), True, ended_s - begun_s, bases_s, start_up_s,
+        rest_s / len(rounds),
     )  # fmt: skip
 
 
@@ -181,7 +191,8 @@ def of_one_machine(past: Sequence[Past], wanted: str | None) -> list[Past]:
     if wanted is None:
         name = max(past, key=lambda p: p.start_unix_s).machine
     else:
-        names = [m for m in machines if wanted.lower() in m.lower()]
+        alike = [m for m in machines if wanted.lower() in m.lower()]
+        names = [wanted] if wanted in machines else alike  # one name may be part of another
         if len(names) != 1:
             raise UserError(
                 f"--machine {wanted!r} is {len(names)} of the machines in the records; there are:"
@@ -244,17 +255,34 @@ def _expected(case: Case, rounds: list[dict[str, Any]], source: str) -> Expected
 
 
 def costs_of(past: Sequence[Past], dispatch_s: float = 0.0) -> Costs:
-    """Medians over the sessions."""
+    """Medians over the whole sessions. Raises: UserError where there is none."""
+    whole = [p for p in past if p.is_whole]
+    if not whole:
+        raise UserError(
+            "none of the records is a session on one machine from start to end, which would tell"
+            " what lies beside the rounds; give one with --records"
+        )
     bases: dict[Base, list[float]] = defaultdict(list)
-    for session in past:
+    for session in whole:
         for base, seconds in session.bases_s.items():
             bases[base].append(seconds)
     return Costs(
-        statistics.median(p.start_up_s for p in past),
-        statistics.median(p.between_s for p in past),
+        statistics.median(p.start_up_s for p in whole),
+        statistics.median(p.between_s for p in whole),
         {base: statistics.median(seconds) for base, seconds in bases.items()},
         dispatch_s,
     )
+
+
+def check_failures(expected: Sequence[Expected], costs: Costs, failures: Failures) -> None:
+    """Raise UserError where a round would hardly ever end before its device fails."""
+    longest_s = max(e.seconds for e in expected) + costs.start_up_s + costs.between_s
+    longest_s += math.fsum(costs.bases_s.values())
+    if longest_s > MOST_LIFETIMES * failures.mean_hours * 3600:
+        raise UserError(
+            f"--mean-hours is {failures.mean_hours:g}, but a round takes up to"
+            f" {longest_s / 3600:.2g} hours and would hardly ever end; give more"
+        )
 
 
 def simulate(
@@ -267,43 +295,45 @@ def simulate(
     """Hand out every case's rounds in order, each to the device that is free first.
 
     A device's first round pays the start-up, and the first that needs a base its scoring. A lost
-    device takes its round with it, which is handed out next; when it is back it starts anew.
+    device takes its round with it, which is handed out again once that is known; when the device is
+    back it starts anew.
     """
     failures = failures or Failures()
     dice = random.Random(failures.seed)
     waiting = deque(e for e in expected for _ in range(rounds))
+    lost: list[tuple[float, int, Expected]] = []  # a heap, by when it is known
     free = [(0.0, device) for device in range(devices)]  # a heap: sorted already
     ready: list[set[Base] | None] = [None] * devices  # bases scored; None: not started
 
     def lifetime_s() -> float:
         return dice.expovariate(1.0) * failures.mean_hours * 3600
 
+    def lose(device: int) -> None:
+        """It is back after a while, as new."""
+        back_s = dies_s[device] + failures.away_s
+        dies_s[device], ready[device] = back_s + lifetime_s(), None
+        heapq.heappush(free, (back_s, device))
+
     dies_s = [lifetime_s() for _ in range(devices)]
     driver_s = makespan_s = busy_s = lost_s = 0.0
     lost_rounds = dispatched = 0
-    while waiting:
-        now_s, device = heapq.heappop(free)
-        if dies_s[device] <= now_s:  # while it was idle
-            dies_s[device], ready[device] = dies_s[device] + failures.away_s, None
-            back_s = max(now_s, dies_s[device])
-            dies_s[device] = back_s + lifetime_s()
-            heapq.heappush(free, (back_s, device))
+    while waiting or lost:
+        free_s, device = heapq.heappop(free)
+        from_lost = bool(lost) and (lost[0][0] <= free_s or not waiting)
+        start_s = max(driver_s, free_s, lost[0][0] if from_lost else 0.0) + costs.dispatch_s
+        if dies_s[device] <= start_s:  # before it had anything to do
+            lose(device)
             continue
-        task = waiting.popleft()
-        driver_s = max(driver_s, now_s) + costs.dispatch_s
-        dispatched += 1
-        start_s, scored = driver_s, ready[device]
-        seconds = task.seconds + costs.between_s
+        task = heapq.heappop(lost)[2] if from_lost else waiting.popleft()
+        driver_s, dispatched = start_s, dispatched + 1
+        seconds, scored = task.seconds + costs.between_s, ready[device]
         if scored is None:
             seconds, scored = seconds + costs.start_up_s, set()
-        seconds += sum(costs.bases_s.get(b, 0.0) for b in task.bases if b not in scored)
+        seconds += math.fsum(costs.bases_s.get(b, 0.0) for b in task.bases if b not in scored)
         if dies_s[device] < start_s + seconds:
-            lost_rounds += 1
-            lost_s += max(0.0, dies_s[device] - start_s)
-            waiting.appendleft(task)
-            back_s = max(start_s, dies_s[device]) + failures.away_s
-            dies_s[device], ready[device] = back_s + lifetime_s(), None
-            heapq.heappush(free, (back_s, device))
+            lost_rounds, lost_s = lost_rounds + 1, lost_s + dies_s[device] - start_s
+            heapq.heappush(lost, (dies_s[device], dispatched, task))
+            lose(device)
             continue
         ready[device] = scored | set(task.bases)
         busy_s += seconds
@@ -389,13 +419,15 @@ def check_lines(expected: Sequence[Expected], rounds: int, costs: Costs, real: P
     lines = [
         f"beside {len(pairs)} of the {len(expected)} cases in a real session on {real.machine}"
     ]
-    if len(pairs) == len(expected) and all(len(found) == rounds for _, found in pairs):
+    same = by_hash.keys() == {e.case.hash for e in expected}
+    if same and real.is_whole and all(len(found) == rounds for _, found in pairs):
         lines.append(
             f"wall time     {planned.makespan_s:.1f} s planned, {real.wall_s:.1f} s real:"
             f" {planned.makespan_s / real.wall_s - 1:+.1%}"
         )
     else:
-        lines.append("wall time     not comparable: the session has other cases or rounds")
+        why = "it has other cases or rounds" if real.is_whole else "it was not run in one go"
+        lines.append(f"wall time     not comparable: {why}")
     for label, names, planned_values in (
         ("seconds", ("total_s",), [e.seconds for e, _ in pairs]),
         ("energy", ("energy_j",), [e.energy_j for e, _ in pairs]),

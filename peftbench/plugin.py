@@ -76,7 +76,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--round-cpus", type=int, metavar="N",
-        help="CPUs that a round takes of its node (default: its threads, or all)",
+        help="CPUs that a round takes of its node (default: one beside a GPU, else all)",
     )  # fmt: skip
     group.addoption(
         "--round-memory", type=size, metavar="SIZE", help="memory that a round takes of its node"
@@ -164,6 +164,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     config.stash[SESSION] = ours
 
 
+def is_kept(ours: Session, case: Case, round_index: int) -> bool:
+    """Whether an interrupted run had finished the round."""
+    return ours.earlier(case, case.settings.seed + round_index) is not None
+
+
 def dispatch(config: pytest.Config, ours: Session, cases: list[Case]) -> None:
     """Hand out every round that is not on disk, the longest first if times are known.
 
@@ -183,12 +188,10 @@ def dispatch(config: pytest.Config, ours: Session, cases: list[Case]) -> None:
     ))  # fmt: skip
     ours.elsewhere = cluster
     try:
-        for case in cases:
-            if impossible(case) is None:
-                cluster.submit(case, [
-                    index for index in range(ours.rounds)
-                    if ours.earlier(case, case.settings.seed + index) is None
-                ])  # fmt: skip
+        cluster.submit([
+            (case, [i for i in range(ours.rounds) if not is_kept(ours, case, i)])
+            for case in cases if impossible(case) is None
+        ])  # fmt: skip
     except BaseException:
         ours.close()
         raise

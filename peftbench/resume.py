@@ -56,7 +56,10 @@ def earlier_rounds(
         if record is None:
             warnings.warn(f"{file.name} is no round of run {run_id}: left alone", stacklevel=2)
             continue
-        difference = provenance_difference(record["provenance"], here)
+        # what a cluster's node measured was never this machine's
+        difference = provenance_difference(
+            record["provenance"], here, other_machine="dispatch" in record
+        )
         if difference is None and record["case_id"] in asked:
             difference = settings_difference(record, asked[record["case_id"]])
         if difference is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 import warnings
@@ -142,6 +143,7 @@ def plan_ahead(options: argparse.Namespace) -> list[str]:
     """The estimate's lines."""
     from peftbench.plan import (
         Failures,
+        check_failures,
         check_lines,
         costs_of,
         expect,
@@ -152,10 +154,15 @@ def plan_ahead(options: argparse.Namespace) -> list[str]:
     from peftbench.preflight import impossible
     from peftbench.selection import select
 
-    for name, least in (("gpus", 1), ("mean_hours", 1e-3), ("away_minutes", 0), ("dispatch_ms", 0)):
-        if not getattr(options, name) >= least:
+    for name, least, most in (
+        ("gpus", 1, 1e6), ("mean_hours", 1e-3, math.inf), ("away_minutes", 0, 1e6),
+        ("dispatch_ms", 0, 1e6),
+    ):  # fmt: skip
+        if not least <= getattr(options, name) <= most:
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is {getattr(options, name)}; it must be at least {least:g}")
+            raise UserError(
+                f"--{flag} is {getattr(options, name)}; it must be from {least:g} to {most:g}"
+            )
     given = {o.setting: getattr(options, o.dest) for o in SETTING_OPTIONS}
     preset, cases = select(
         options.preset, {axis: getattr(options, axis) for axis in AXES},
@@ -167,10 +174,14 @@ def plan_ahead(options: argparse.Namespace) -> list[str]:
     seen = {(p.start_unix_s, p.machine) for p in real}  # which must not foretell itself
     past = [p for path in options.records for p in read_past(path)]
     past = [p for p in past if (p.start_unix_s, p.machine) not in seen]
-    past = of_one_machine(past, real[0].machine if real else options.machine)
+    past = of_one_machine(past, options.machine or (real[0].machine if real else None))
     costs = costs_of(past, options.dispatch_ms / 1000)
     failures = Failures(options.mean_hours, 60 * options.away_minutes)
-    known, unknown = expect([c for c in cases.values() if impossible(c) is None], past)
+    possible = [c for c in cases.values() if impossible(c) is None]
+    if real:  # of a session with fewer cases that many
+        ran = {done.case_hash for done in real[0].rounds}
+        possible = [c for c in possible if c.hash in ran] or possible
+    known, unknown = expect(possible, past)
     if options.longest_first:
         known.sort(key=lambda expected: -expected.seconds)
     if not known:
@@ -178,6 +189,7 @@ def plan_ahead(options: argparse.Namespace) -> list[str]:
             f"the records of {past[0].machine} have none of these models and methods; give others"
             " with --records, or --machine"
         )
+    check_failures(known, costs, failures)
     lines = plan_lines(known, unknown, preset.rounds, options.gpus, past, costs, failures)
     if real:
         lines += ["", *check_lines(known, preset.rounds, costs, real[0])]

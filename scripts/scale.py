@@ -54,17 +54,18 @@ def dispatched_s(rounds: int, record: dict[str, Any], folder: Path) -> float:
     case = resolved(Case("tiny-gpt2", "lora", "dpo", PRESETS["quick"].settings))
     session = Session(folder, Progress(rounds), rounds)
     session.folder.mkdir(parents=True)
-    driver = Cluster(session, RayOptions(cpus=1), answering(record))
+    driver = Cluster(session, RayOptions("local", cpus=1), answering(record))
     try:
-        driver.submit(case, [0])
+        driver.submit([(case, [0])])
         driver.record(case, 0)  # Ray starts its first worker
         started_s = time.perf_counter()
-        driver.submit(case, range(1, rounds + 1))
+        driver.submit([(case, range(1, rounds + 1))])
         for index in range(1, rounds + 1):
             driver.record(case, index)
         return time.perf_counter() - started_s
     finally:
         driver.close()
+        session.progress.close()
 
 
 def largest_record() -> dict[str, Any]:
