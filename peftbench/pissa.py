@@ -91,7 +91,8 @@ def principal_components(
     nearest matrix of that rank."""
     u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
     root = (s[:rank] / scaling).sqrt()
-    return root[:, None] * vh[:rank], u[:, :rank] * root
+    # in rows, as a file's weights are: LAPACK's columns take another kernel, which rounds otherwise
+    return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
 
 
 def subtract_start(layer: Any, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -142,7 +143,7 @@ def wrapped(
         a, b = (state[f"{name}.{key}.weight"] for key in ("lora_A", "lora_B"))
         device = layer.lora_A[ADAPTER].weight.device
         a, b = a.to(device), b.to(device)
-        subtract_start(layer, a[config.r :].clone(), -b[:, config.r :])
+        subtract_start(layer, a[config.r :].clone(), -b[:, config.r :].contiguous())
         state[f"{name}.lora_A.weight"] = a[: config.r].clone()
-        state[f"{name}.lora_B.weight"] = b[:, : config.r].clone()
+        state[f"{name}.lora_B.weight"] = b[:, : config.r].contiguous()
     return model, state
