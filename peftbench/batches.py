@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -18,6 +18,30 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 
 Sides = Literal["chosen", "rejected", "both"]
+
+
+@dataclass(frozen=True)
+class PairLogprobs:
+    """Log-probabilities of pairs under a model, float32 nats; 0 where nothing is scored."""
+
+    completions: torch.Tensor  # (2B, C), chosen then rejected
+    prompt: torch.Tensor | None = None  # (B, P - 1), of the prompts' tokens but their first
+    prompt_mask: torch.Tensor | None = None  # (B, P - 1) bool, True where one is scored
+
+
+class PairBatch(Protocol):
+    """Both sides of B pairs, however they lie: a Batch of `both` sides, or a SharedBatch."""
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """Two dimensions, padding included: what the model computes."""
+
+    @property
+    def completion_mask(self) -> torch.Tensor:
+        """(2B, C) bool, True where a completion token is; chosen, then rejected."""
+
+    def pair_logprobs(self, model: Any, with_prompt: bool = False) -> PairLogprobs:
+        """One forward pass; the prompts, once a pair, only where they are asked for."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +63,15 @@ class Batch:
     def completion_ids(self) -> torch.Tensor:
         """(R, C), padding included."""
         return self.input_ids[:, -self.completion_length :]
+
+    def pair_logprobs(self, model: Any, with_prompt: bool = False) -> PairLogprobs:
+        """Of a batch of `both` sides."""
+        if not with_prompt:
+            return PairLogprobs(completion_logprobs(model, self))
+        B, C = self.input_ids.shape[0] // 2, self.completion_length
+        scored = sequence_logprobs(model, self)
+        mask = self.prompt_mask[:B, :-1]  # where a prompt's token has one before it
+        return PairLogprobs(scored[:, -C:], scored[:B, :-C], mask)
 
 
 def collate(pairs: Sequence[TokenPair], sides: Sides, device: torch.device | str = "cpu") -> Batch:
@@ -71,20 +104,25 @@ def collate(pairs: Sequence[TokenPair], sides: Sides, device: torch.device | str
     )  # fmt: skip
 
 
-def token_counts(pairs: Sequence[TokenPair], sides: Sides) -> tuple[int, int]:
-    """(non-padding, padded) tokens of the batch that `collate` makes of these pairs."""
-    chosen = [len(p.prompt) + len(p.chosen) for p in pairs]
-    rejected = [len(p.prompt) + len(p.rejected) for p in pairs]
-    real = sum(
-        chosen if sides == "chosen" else rejected if sides == "rejected" else chosen + rejected
-    )
-    width = max(len(p.prompt) for p in pairs) + max(
-        max(
-            len(p.chosen) if sides != "rejected" else 0, len(p.rejected) if sides != "chosen" else 0
-        )
+def token_counts(
+    pairs: Sequence[TokenPair], sides: Sides, shared_prompts: bool = False
+) -> tuple[int, int]:
+    """(non-padding, computed) tokens of the batch that is made of these pairs.
+
+    Non-padding are those of the data, a prompt counted with each of its sides, however the batch
+    lies: so rates compare. Computed are those of `input_ids`: padding too, a shared prompt once.
+    """
+    taken = [
+        side
         for p in pairs
-    )
-    return real, width * len(pairs) * (2 if sides == "both" else 1)
+        for side in ([p.chosen] if sides != "rejected" else [])
+        + ([p.rejected] if sides != "chosen" else [])
+    ]
+    prompt, rows = max(len(p.prompt) for p in pairs), len(taken) // len(pairs)
+    completion = max(len(side) for side in taken)
+    real = sum(len(side) for side in taken) + rows * sum(len(p.prompt) for p in pairs)
+    prompts = 1 if shared_prompts else rows
+    return real, len(pairs) * (prompts * prompt + rows * completion)
 
 
 def forward_logits(model: Any, batch: Batch, tokens: int) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 A case is three strings (model, adapter, method) and the settings that can move one of its numbers.
 Its hash covers the three strings and only those settings that differ from their default, so a new
-field must come with a default that means what the code did before it: then no history is voided.
+field must come with a default that means what the code did before it, or the same numbers sooner:
+then no history is voided.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Settings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    pair_prompts: str = "once"  # once: a pair's sides share a pass over their prompt; twice
     compile: str = "none"  # layers: the decoder layers through torch.compile, before the warm-up
     beta: float = 0.1  # DPO's temperature
     orpo_lambda: float = 0.1  # weight of ORPO's odds-ratio term (the paper's lambda, TRL's `beta`)
@@ -150,6 +152,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "targets": ("all-linear", "qv"),
     "schedule": ("linear", "constant"),
     "optimizer": ("adamw", "paged-adamw-8bit"),
+    "pair_prompts": ("once", "twice"),
     "compile": ("none", "layers"),
     "orpo_nll_on": ("all", "completion"),
     "value": ("head", "adapter"),

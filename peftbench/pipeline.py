@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from peftbench import adapters, evaluation, harness, models, ppo_values, provenance, values
-from peftbench.batches import collate, completion_logprobs, forward_logits
+from peftbench.batches import Batch, collate, completion_logprobs, forward_logits
 from peftbench.case import Case, Settings
 from peftbench.compiling import compiling
 from peftbench.data.loading import load_task
@@ -41,6 +41,7 @@ from peftbench.methods import METHODS, samples_completions, stages, uses_ppo
 from peftbench.out_of_memory import is_out_of_memory
 from peftbench.quantization import Quantization, quantization_of, quantized_layers
 from peftbench.record import FORMAT, measured
+from peftbench.shared_prompts import SharedBatch, collate_shared
 from peftbench.training import Gate as StageGate
 from peftbench.training import Keeper, SilentGate, Training
 
@@ -216,6 +217,7 @@ def run_round(
         "data_digest": task.digest,
         "phases": {name: asdict(reading) for name, reading in phases.readings.items()},
         "compilation": training.compilation,
+        "shared_prompts": training.shared_prompts,
         "losses": training.losses,
         "step_s": training.step_s,
         "step_tokens": values.step_tokens(training, case, task),
@@ -521,7 +523,7 @@ def flops_per_token(
     training: Training,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> float | None:
-    """Operations of the training for each padded token that it reads, forward and backward.
+    """Operations of the training for each token that it computes, forward and backward.
 
     Counted on the native loss of the first micro-batch, of PPO with its rollout and scoring. None
     where the memory no longer holds that: then all else is measured already.
@@ -549,7 +551,11 @@ def flops_per_token(
                 model, training.ppo.roles, task, settings, eos_id_of(model, tokenizer)
             )
         pairs = task.train[: settings.batch_size]
-        batch = collate(pairs, METHODS[method].sides, device)
+        batch: Batch | SharedBatch = (
+            collate_shared(pairs, device)
+            if training.shared_prompts
+            else collate(pairs, METHODS[method].sides, device)
+        )
         return count_flops(step) / batch.input_ids.numel()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -7,7 +7,7 @@ caller: the loop says where a phase ends through a `Gate`, with the device synch
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +20,7 @@ from peftbench.data.task import TokenPair, TokenTask
 from peftbench.errors import UserError
 from peftbench.measuring.phases import synchronize
 from peftbench.methods import METHODS, dpo, orpo, sft
+from peftbench.shared_prompts import SharedBatch, can_share_prompts, collate_shared
 
 if TYPE_CHECKING:
     from peftbench.case import Settings
@@ -59,6 +60,7 @@ class Training:
     learning_rates: list[float]  # of each optimiser step
     ppo: PPOOutcome | None = None
     compilation: dict[str, Any] | None = None  # what was compiled, and when
+    shared_prompts: bool = False  # the sides of a pair were one row, their prompt read once
 
 
 @dataclass
@@ -149,18 +151,34 @@ def micro_batches(
 class Window:
     """What one optimiser step reads: its micro-batches, padded and on the device."""
 
-    batches: list[Batch]
+    batches: Sequence[Batch | SharedBatch]
     completion_tokens: int  # chosen completion tokens of all of them: SFT's normaliser
     tokens: int  # non-padding tokens of all of them
 
 
+def shares_prompts(model: Any, task: TokenTask, settings: Settings, method: str) -> bool:
+    """Whether the sides of a pair are read in one row: where both are, and the model can."""
+    if METHODS[method].sides != "both" or settings.pair_prompts != "once":
+        return False
+    device = next(model.parameters()).device
+    return can_share_prompts(model, task.train[: settings.batch_size], device)
+
+
 def build_windows(
-    task: TokenTask, settings: Settings, sides: Sides, device: torch.device
+    task: TokenTask,
+    settings: Settings,
+    sides: Sides,
+    device: torch.device,
+    shared_prompts: bool = False,
 ) -> list[Window]:
     """All steps of the budget, so that no padding or copy to the device falls inside the clock."""
+
+    def batch_of(pairs: list[TokenPair]) -> Batch | SharedBatch:
+        return collate_shared(pairs, device) if shared_prompts else collate(pairs, sides, device)
+
     return [
         Window(
-            [collate(pairs, sides, device) for pairs in window],
+            [batch_of(pairs) for pairs in window],
             sum(len(pair.chosen) for pairs in window for pair in pairs),
             sum(token_counts(pairs, sides)[0] for pairs in window),
         )
@@ -224,12 +242,13 @@ def rates_of(schedule: torch.optim.lr_scheduler.LambdaLR, steps: int) -> list[fl
 
 
 def batch_loss(
-    model: Any, batch: Batch, method: str, settings: Settings, *,
+    model: Any, batch: Batch | SharedBatch, method: str, settings: Settings, *,
     window_tokens: int, reference: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """One micro-batch's share of the optimiser step's loss."""
     accumulation = settings.gradient_accumulation
     if method == "sft":
+        assert isinstance(batch, Batch)  # of one side
         return sft.loss(model, batch, window_tokens)
     if method == "dpo":
         assert reference is not None
@@ -269,7 +288,7 @@ def with_one_graph(windows: list[Window]) -> list[Window]:
     ]
 
 
-def narrowest_and_widest(windows: list[Window]) -> list[Batch]:
+def narrowest_and_widest(windows: list[Window]) -> list[Batch | SharedBatch]:
     """Two batches, or the first where all are as wide."""
     batches = {b.input_ids.shape[1]: b for window in windows for b in window.batches}
     return [batches[width] for width in sorted({min(batches), max(batches)})]
@@ -302,7 +321,10 @@ def train(
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    windows = build_windows(task, settings, METHODS[method].sides, device)
+    sides = METHODS[method].sides
+    with accelerator.autocast():
+        shared = shares_prompts(model, task, settings, method)
+    windows = build_windows(task, settings, sides, device, shared)
     reference_rows: list[torch.Tensor] = []
     if METHODS[method].needs_reference:
         gate.prepared()
@@ -372,7 +394,9 @@ def train(
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     losses = [float(x) for x in state.losses]
     rates = rates_of(schedule, len(losses))
-    return Training(losses, clock.step_s(), grad_bytes, state_bytes(optimizer), rates)
+    return Training(
+        losses, clock.step_s(), grad_bytes, state_bytes(optimizer), rates, shared_prompts=shared
+    )
 
 
 def gradient_bytes(parameters: Iterable[torch.nn.Parameter]) -> int:

@@ -72,7 +72,7 @@ def time_values(
 def micro_batch_tokens(
     training: Training, case: Case, task: TokenTask
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(non-padding, padded) tokens of each micro-batch: of all steps, and of the timed ones.
+    """(non-padding, computed) tokens of each micro-batch: of all steps, and of the timed ones.
 
     Of a pipeline its last stage's; of PPO those of its epochs, not of rollout and scoring.
     """
@@ -83,7 +83,7 @@ def micro_batch_tokens(
     settings, sides = case.settings, METHODS[case.method].sides
     pairs = len(training.step_s) * settings.batch_size * settings.gradient_accumulation
     counts = [
-        token_counts(task.train[at : at + settings.batch_size], sides)
+        token_counts(task.train[at : at + settings.batch_size], sides, training.shared_prompts)
         for at in range(0, pairs, settings.batch_size)
     ]
     return counts, counts[settings.warmup_steps * settings.gradient_accumulation :]

@@ -159,10 +159,11 @@ class Gate:
 
 
 def native_loss(
-    model: Any, task: TokenTask, settings: Settings, method: str, adapter: str
+    model: Any, task: TokenTask, settings: Settings, method: str, adapter: str, shared: bool
 ) -> float:
     """Loss of the first optimiser step by the native losses; leaves its gradients on the model."""
-    windows = training.build_windows(task, settings, METHODS[method].sides, torch.device("cpu"))[:1]
+    sides, cpu = METHODS[method].sides, torch.device("cpu")
+    windows = training.build_windows(task, settings, sides, cpu, shared)[:1]
     rows = training.reference_logratios(model, windows, reference_of(model, adapter))
     total = 0.0
     for batch, reference in zip(windows[0].batches, rows, strict=True):
@@ -205,18 +206,21 @@ def test_both_engines_give_one_batch_the_same_loss_and_gradients(
     task = make_task(settings.pairs)
     model = build(bases[base], adapter, settings, moved=0.1)
 
-    native = native_loss(model, task, settings, method, adapter)
-    expected = {name: p.grad.clone() for name, p in trained(model).items() if p.grad is not None}
-    model.zero_grad()
     through_trl = trl_loss(model, task, settings, method, adapter, tmp_path)
-    found = {name: p.grad for name, p in trained(model).items() if p.grad is not None}
+    found = {name: p.grad.clone() for name, p in trained(model).items() if p.grad is not None}
+    shares = training.shares_prompts(model, task, settings, method)
+    assert shares == (METHODS[method].sides == "both" and adapter not in ("prefix", "prompt"))
+    for shared in {shares, False}:  # both forms of a batch of pairs
+        model.zero_grad()
+        native = native_loss(model, task, settings, method, adapter, shared)
+        expected = {name: p.grad for name, p in trained(model).items() if p.grad is not None}
 
-    assert through_trl == pytest.approx(native, rel=LOSS_TOLERANCE)
-    assert found.keys() == expected.keys() == trained(model).keys()
-    largest = max(float(g.norm()) for g in expected.values())
-    worst = max(float((found[name] - expected[name]).norm()) for name in expected)
-    assert largest > 1e-3
-    assert worst <= GRADIENT_TOLERANCE * largest
+        assert through_trl == pytest.approx(native, rel=LOSS_TOLERANCE)
+        assert found.keys() == expected.keys() == trained(model).keys()
+        largest = max(float(g.norm()) for g in expected.values())
+        worst = max(float((found[name] - expected[name]).norm()) for name in expected)
+        assert largest > 1e-3
+        assert worst <= GRADIENT_TOLERANCE * largest
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from peftbench.batches import Batch, completion_logprobs
+from peftbench.batches import PairBatch
 
 
 def dpo_loss(
@@ -26,14 +26,14 @@ def dpo_loss(
     return -torch.nn.functional.logsigmoid(beta * (policy_logratios - reference_logratios)).mean()
 
 
-def logratios(model: Any, batch: Batch) -> torch.Tensor:
-    """(B,) log p(chosen) - log p(rejected) of a batch whose rows are chosen, then rejected."""
-    chosen, rejected = completion_logprobs(model, batch).sum(-1).chunk(2)
+def logratios(model: Any, batch: PairBatch) -> torch.Tensor:
+    """(B,) log p(chosen) - log p(rejected)."""
+    chosen, rejected = batch.pair_logprobs(model).completions.sum(-1).chunk(2)
     return chosen - rejected
 
 
 def loss(
-    model: Any, batch: Batch, reference_logratios: torch.Tensor, beta: float, micro_batches: int
+    model: Any, batch: PairBatch, reference_logratios: torch.Tensor, beta: float, micro_batches: int
 ) -> torch.Tensor:
     """This micro-batch's share of the step's loss; micro-batches are of equal size."""
     return dpo_loss(logratios(model, batch), reference_logratios, beta) / micro_batches

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from peftbench.batches import Batch, completion_logprobs, masked_mean, sequence_logprobs
+from peftbench.batches import PairBatch, masked_mean
 
 
 def log1m_exp(x: torch.Tensor) -> torch.Tensor:
@@ -32,20 +32,16 @@ def orpo_loss(
 
 
 def loss(
-    model: Any, batch: Batch, orpo_lambda: float, nll_on: str, micro_batches: int
+    model: Any, batch: PairBatch, orpo_lambda: float, nll_on: str, micro_batches: int
 ) -> torch.Tensor:
-    """This micro-batch's share of the step's loss; rows are chosen, then rejected.
+    """This micro-batch's share of the step's loss.
 
     With `nll_on="all"` the NLL covers the prompt as well, like the authors' code and TRL.
     """
-    half = batch.completion_mask.shape[0] // 2
-    if nll_on == "all":
-        scored = sequence_logprobs(model, batch)
-        logprobs = scored[:, -batch.completion_length :]
-        present = batch.attention_mask[:half, 1:].bool() & batch.attention_mask[:half, :-1].bool()
-        nll = -scored[:half].sum() / present.sum()
-    else:
-        logprobs = completion_logprobs(model, batch)
-        nll = -logprobs[:half].sum() / batch.completion_mask[:half].sum()
-    chosen, rejected = masked_mean(logprobs, batch.completion_mask).chunk(2)
-    return orpo_loss(nll, chosen, rejected, orpo_lambda) / micro_batches
+    scored = batch.pair_logprobs(model, with_prompt=nll_on == "all")
+    chosen_mask = batch.completion_mask.chunk(2)[0]
+    logprob, tokens = scored.completions.chunk(2)[0].sum(), chosen_mask.sum()
+    if scored.prompt is not None and scored.prompt_mask is not None:
+        logprob, tokens = logprob + scored.prompt.sum(), tokens + scored.prompt_mask.sum()
+    chosen, rejected = masked_mean(scored.completions, batch.completion_mask).chunk(2)
+    return orpo_loss(-logprob / tokens, chosen, rejected, orpo_lambda) / micro_batches

@@ -12,11 +12,12 @@ from machine import time_machine
 from work import Meter, PairsWork, read_arguments
 
 from peftbench import adapters, models, pipeline, training
-from peftbench.batches import collate
 from peftbench.case import Settings
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.measuring.flops import count_flops
 from peftbench.methods import METHODS
+
+CPU = torch.device("cpu")
 
 
 class Clock:
@@ -84,15 +85,19 @@ def main() -> None:
         "losses": found.losses,
         **meter.outcome(),
         "trainable_params": adapters.count_params(model)[1],
-        **floor(model, work, settings),
+        "shared_prompts": found.shared_prompts,
+        **floor(model, work, settings, found.shared_prompts),
     }
     outcome_file.write_text(json.dumps(outcome))
 
 
-def floor(model: Any, work: PairsWork, settings: Settings) -> dict[str, float]:
+def floor(
+    model: Any, work: PairsWork, settings: Settings, shared_prompts: bool
+) -> dict[str, float]:
     """Seconds that the operations of a step and of its reference take at the matmul rate."""
-    one = task_of(work).train[: work.batch_size]
-    batch = collate(one, METHODS[work.method].sides)
+    sides = METHODS[work.method].sides
+    window = training.build_windows(task_of(work), settings, sides, CPU, shared_prompts)[0]
+    one, batch = task_of(work).train[: work.batch_size], window.batches[0]
     zeros = torch.zeros(work.batch_size)
 
     def step() -> torch.Tensor:
