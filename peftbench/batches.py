@@ -33,10 +33,6 @@ class PairBatch(Protocol):
     """Both sides of B pairs, however they lie: a Batch of `both` sides, or a SharedBatch."""
 
     @property
-    def input_ids(self) -> torch.Tensor:
-        """Two dimensions, padding included: what the model computes."""
-
-    @property
     def completion_mask(self) -> torch.Tensor:
         """(2B, C) bool, True where a completion token is; chosen, then rejected."""
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from peftbench import adapters, evaluation, harness, models, ppo_values, provenance, values
-from peftbench.batches import Batch, collate, completion_logprobs, forward_logits
+from peftbench.batches import collate, completion_logprobs, forward_logits
 from peftbench.case import Case, Settings
 from peftbench.compiling import compiling
 from peftbench.data.loading import load_task
@@ -41,7 +41,6 @@ from peftbench.methods import METHODS, samples_completions, stages, uses_ppo
 from peftbench.out_of_memory import is_out_of_memory
 from peftbench.quantization import Quantization, quantization_of, quantized_layers
 from peftbench.record import FORMAT, measured
-from peftbench.shared_prompts import SharedBatch, collate_shared
 from peftbench.training import Gate as StageGate
 from peftbench.training import Keeper, SilentGate, Training
 
@@ -529,7 +528,7 @@ def flops_per_token(
     where the memory no longer holds that: then all else is measured already.
     """
     from peftbench import ppo_training
-    from peftbench.training import batch_loss
+    from peftbench.training import batch_loss, batch_of
 
     settings, method = case.settings, stages(case.method)[-1]
     one = replace(settings, gradient_accumulation=1)
@@ -551,11 +550,7 @@ def flops_per_token(
                 model, training.ppo.roles, task, settings, eos_id_of(model, tokenizer)
             )
         pairs = task.train[: settings.batch_size]
-        batch: Batch | SharedBatch = (
-            collate_shared(pairs, device)
-            if training.shared_prompts
-            else collate(pairs, METHODS[method].sides, device)
-        )
+        batch = batch_of(pairs, METHODS[method].sides, device, training.shared_prompts)
         return count_flops(step) / batch.input_ids.numel()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

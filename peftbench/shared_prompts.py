@@ -84,7 +84,7 @@ class SharedBatch:
         ).logits
         if logits.shape[1] != len(columns):  # a model that answers for every column
             logits = logits[:, columns]
-        labels = self.input_ids[:, -(len(columns)) :]
+        labels = self.input_ids[:, -len(columns) :]
         logprobs = token_logprobs(logits, labels)
         sides = torch.cat(logprobs[:, -2 * C :].chunk(2, dim=1)) * self.completion_mask
         if not with_prompt:

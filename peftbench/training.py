@@ -164,6 +164,13 @@ def shares_prompts(model: Any, task: TokenTask, settings: Settings, method: str)
     return can_share_prompts(model, task.train[: settings.batch_size], device)
 
 
+def batch_of(
+    pairs: Sequence[TokenPair], sides: Sides, device: torch.device, shared_prompts: bool
+) -> Batch | SharedBatch:
+    """One micro-batch, as the training reads it."""
+    return collate_shared(pairs, device) if shared_prompts else collate(pairs, sides, device)
+
+
 def build_windows(
     task: TokenTask,
     settings: Settings,
@@ -173,12 +180,9 @@ def build_windows(
 ) -> list[Window]:
     """All steps of the budget, so that no padding or copy to the device falls inside the clock."""
 
-    def batch_of(pairs: list[TokenPair]) -> Batch | SharedBatch:
-        return collate_shared(pairs, device) if shared_prompts else collate(pairs, sides, device)
-
     return [
         Window(
-            [batch_of(pairs) for pairs in window],
+            [batch_of(pairs, sides, device, shared_prompts) for pairs in window],
             sum(len(pair.chosen) for pairs in window for pair in pairs),
             sum(token_counts(pairs, sides)[0] for pairs in window),
         )

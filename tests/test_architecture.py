@@ -19,7 +19,7 @@ CHILD_ONLY = {
     "biases", "pissa", "prompt",
     "rollout", "reward_model", "ppo_roles", "ppo_training", "ppo_values",
     # and those of a command that trains or answers in its own process
-    "checkpoint", "chat", "inference", "agreement", "compiling",
+    "checkpoint", "chat", "inference", "agreement", "compiling", "shared_prompts",
 }  # fmt: skip
 
 LAYERS = [
@@ -62,6 +62,7 @@ LAYERS = [
     },
     {
         "adapters",
+        "shared_prompts",
         "methods.sft",
         "methods.dpo",
         "methods.orpo",

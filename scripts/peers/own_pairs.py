@@ -13,7 +13,6 @@ from work import Meter, PairsWork, read_arguments
 
 from peftbench import adapters, models, pipeline, training
 from peftbench.case import Settings
-from peftbench.compiling import compiling
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.measuring.flops import count_flops
 from peftbench.methods import METHODS
@@ -50,7 +49,6 @@ def settings_of(work: PairsWork) -> Settings:
         device="cpu", threads=work.threads, dtype=work.dtype, targets="qv", rank=work.rank,
         alpha=work.alpha, pairs=len(work.pairs), batch_size=work.batch_size, warmup_steps=1,
         learning_rate=work.learning_rate, weights=work.weights, seed=work.seed,
-        compile=work.compile,
     )  # fmt: skip
 
 
@@ -80,10 +78,7 @@ def main() -> None:
     reference = adapters.adapter_off(model) if work.method == "dpo" else nullcontext()
     clock = Clock(meter)
     meter.start()
-    with compiling(settings.compile) as compilation:
-        found = training.train(
-            model, task_of(work), settings, work.method, clock, reference, compilation=compilation
-        )
+    found = training.train(model, task_of(work), settings, work.method, clock, reference)
     outcome = {
         "step_s": found.step_s,
         "reference_s": clock.reference_s,

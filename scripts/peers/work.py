@@ -58,7 +58,6 @@ class PairsWork:
     precomputed_reference: bool
     trl_defaults: bool  # of what costs time: gradient checkpointing
     seed: int
-    compile: str = "none"  # layers: our side through `--compile layers`
 
 
 def described(work: PPOWork | PairsWork) -> dict[str, Any]:
