@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts" / "peers"))
 
+import compare_pairs  # noqa: E402
 import compare_ppo  # noqa: E402
+import own_pairs  # noqa: E402
 from compare_ppo import TINY, folder_of, in_turns, of_floor, of_runs, together, token_prompts  # noqa: E402
 from sides import Goal, run_side, steady, table  # noqa: E402
 from work import PPOWork  # noqa: E402
@@ -87,6 +89,60 @@ def test_a_comparison_makes_its_table_of_what_every_side_gives(tmp_path, monkeyp
     )
     assert text.count("MISSED") == 0
     assert "(policy 30) in 4.0 s (cold cache), 4.0 s (cold cache) before" in text
+
+
+def test_pairs_compare_both_our_sides_with_the_same_step_of_trl(monkeypatch):
+    def outcome(step_s: float, losses: list[float], **more: Any) -> dict[str, Any]:
+        return {"step_s": [9.0, step_s, step_s, step_s], "reference_s": 4.0, "losses": losses,
+                "peak_growth_bytes": 2**20 * int(10 * step_s)} | more  # fmt: skip
+
+    def run_side(python: Path, script: str, work: dict[str, Any]) -> dict[str, Any]:
+        if script == "trl_pairs.py":
+            return outcome(8.0, [1.0, 1.0])
+        floors = {"step_floor_s": 1.0, "reference_floor_s": 0.5}
+        if work["compile"] == "none":
+            return outcome(3.0, [1.0, 1.0001], **floors)
+        compilation = {"cache": "cold", "graph_breaks": 0}
+        return outcome(1.0, [1.0, 1.1], compile_s=7.0, compilation=compilation, **floors)
+
+    monkeypatch.setattr(compare_pairs, "run_side", run_side)
+    found, text = compare_pairs.measure("pairs-dpo-float32", "full")
+    # a step of ours and its quarter of the reference beside 8 s: 3 + 1, and 1 + 1 compiled
+    eager, compiled = found["goals"][:4], found["goals"][4:]
+    assert [goal["value"] for goal in eager] == pytest.approx([2.0, 0.375, 1e-4, 0.375])
+    assert [goal["value"] for goal in compiled] == pytest.approx([4.0, 0.125, 0.1, 0.75])
+    assert [goal["met"] for goal in eager] == [False, True, True, False]
+    assert [goal["met"] for goal in compiled] == [True, True, False, True]
+    assert all(goal["name"].endswith(", compiled") for goal in compiled)
+    assert "dpo: compiling took 7.0 s (cold cache), 0 graph breaks" in text
+    assert set(found["rows"][0]["sides"]) == {
+        "peftbench", "peftbench, compiled", "trl", "trl defaults", "trl precomputed"
+    }  # fmt: skip
+
+
+def test_the_reference_and_the_compiling_are_told_apart(monkeypatch):
+    now_s = iter([10.0, 13.0, 20.0])
+    monkeypatch.setattr(own_pairs.time, "perf_counter", lambda: next(now_s))
+    clock = own_pairs.Clock(meter=None)
+    clock.prepared()
+    clock.stage("compile")
+    clock.reference_done()
+    assert clock.taken_s == {"reference": 3.0, "compile": 7.0}
+
+
+@pytest.mark.verify
+def test_our_side_of_the_pairs_compiled_learns_as_the_eager_one():
+    from dataclasses import asdict, replace
+
+    eager = compare_ppo.dpo_work(compare_ppo.real_work("tiny"))
+    sides = [replace(eager, compile=how) for how in ("none", "layers")]
+    found = [run_side(Path(sys.executable), "own_pairs.py", asdict(work)) for work in sides]
+    assert found[1]["losses"] == pytest.approx(found[0]["losses"], abs=1e-4)
+    assert all(side["reference_s"] > 0 for side in found)
+    assert found[0]["compile_s"] == 0
+    assert found[0]["compilation"] is None
+    assert found[1]["compile_s"] > 0
+    assert found[1]["compilation"]["graph_breaks"] == 0
 
 
 def test_a_table_has_columns_of_one_width():

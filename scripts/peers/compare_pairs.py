@@ -19,6 +19,7 @@ from work import PairsWork, described
 from peftbench.summary import MIB
 
 OWN = Path(sys.executable)
+EAGER, COMPILED = "peftbench", "peftbench, compiled"  # our sides
 GOALS = {"sft": 1.5, "dpo": 2.2, "orpo": 1.4}
 LONG_GOAL = 2.5  # prompts of 256 tokens, which chosen and rejected share
 LOSS_LIMITS = {"float32": 1e-3, "bfloat16": 3e-2}
@@ -41,6 +42,7 @@ GROUPS |= {f"pairs-gpt2-{m}": ("gpt-2", "float32", 4, 64, 64, (m,)) for m in MET
 def measure(group: str, sizes: str) -> tuple[dict[str, Any], str]:
     """All methods of a group, ours and TRL's one after the other."""
     rows: list[dict[str, Any]] = []
+    compiling: list[str] = []
     goals: list[Goal] = []
     lines: list[list[str]] = []
     model, dtype, batch, prompt, completion, methods = GROUPS[group]
@@ -49,14 +51,17 @@ def measure(group: str, sizes: str) -> tuple[dict[str, Any], str]:
         print(f"{method} in {dtype}, batch {batch} ...", file=sys.stderr, flush=True)
         found = sides_of(replace(base, method=method), sizes)
         rows.append({"work": described(replace(base, method=method)), "sides": found})
-        goals += goals_of(method, base, prompt, found)
-        lines.append(line_of(method, base, prompt, completion, found))
+        for side in (EAGER, COMPILED):
+            goals += goals_of(method, base, prompt, found, side)
+            lines.append(line_of(method, base, prompt, completion, found, side))
+        compiling.append(compile_line(method, found[COMPILED]))
     header = [
         "", "peftbench s/step", "TRL 1.16", "ratio", "TRL, its defaults", "method s",
         "TRL's", "floor", "of floor", "peak MiB", "TRL's", "largest loss difference",
     ]  # fmt: skip
     title = f"LoRA r=8 on q and v, 2 threads; median of {STEPS - 1} steps after the first"
-    text = "\n".join([title, "", table(header, lines), "", *(goal.line() for goal in goals)])
+    told = (goal.line() for goal in goals)
+    text = "\n".join([title, "", table(header, lines), "", *compiling, "", *told])
     return {"rows": rows, "goals": [goal.to_dict() for goal in goals]}, text
 
 
@@ -84,8 +89,12 @@ def random_pairs(count: int, prompt: int, completion: int) -> list[list[list[int
 
 
 def sides_of(work: PairsWork, sizes: str) -> dict[str, Any]:
-    """Ours, TRL's on equal work, TRL's with its own defaults; of DPO also a precomputed one."""
-    asked = {"peftbench": ("own_pairs.py", work), "trl": ("trl_pairs.py", work)}
+    """Ours, eager and compiled; TRL's on equal work, with its own defaults, precomputed (DPO)."""
+    asked = {
+        EAGER: ("own_pairs.py", work),
+        COMPILED: ("own_pairs.py", replace(work, compile="layers")),
+        "trl": ("trl_pairs.py", work),
+    }
     if work.batch_size > 1 and work.weights == "pretrained" and sizes == "full":
         asked["trl defaults"] = ("trl_pairs.py", replace(work, trl_defaults=True))
     if work.method == "dpo":
@@ -94,14 +103,12 @@ def sides_of(work: PairsWork, sizes: str) -> dict[str, Any]:
     return {name: run_side(OWN, script, asdict(given)) for name, (script, given) in asked.items()}
 
 
-def own_step_s(found: dict[str, Any]) -> float:
+def own_step_s(own: dict[str, Any]) -> float:
     """A step with its share of the reference, which is made before the first step."""
-    own = found["peftbench"]
     return float(steady(own["step_s"]) + own["reference_s"] / len(own["step_s"]))
 
 
-def floor_s(found: dict[str, Any]) -> float:
-    own = found["peftbench"]
+def floor_s(own: dict[str, Any]) -> float:
     return float(own["step_floor_s"] + own["reference_floor_s"])
 
 
@@ -109,42 +116,52 @@ def method_s(side: dict[str, Any]) -> float:
     return float(side["reference_s"] + sum(side["step_s"]))
 
 
-def loss_difference(found: dict[str, Any]) -> float:
-    own, peer = found["peftbench"]["losses"], found["trl"]["losses"]
-    return float(max(abs(a - b) for a, b in zip(own, peer, strict=True)))
+def loss_difference(own: dict[str, Any], peer: dict[str, Any]) -> float:
+    return float(max(abs(a - b) for a, b in zip(own["losses"], peer["losses"], strict=True)))
 
 
-def goals_of(method: str, work: PairsWork, prompt: int, found: dict[str, Any]) -> list[Goal]:
+def goals_of(
+    method: str, work: PairsWork, prompt: int, found: dict[str, Any], side: str
+) -> list[Goal]:
     where = f"{method}, {work.model}, {work.dtype}, batch {work.batch_size}, {prompt}-token prompts"
+    where += ", compiled" if side == COMPILED else ""
+    own, peer = found[side], found["trl"]
     limit = LONG_GOAL if prompt == 256 else GOALS[method]
-    memory = found["peftbench"]["peak_growth_bytes"] / found["trl"]["peak_growth_bytes"]
-    own_s = own_step_s(found)
+    memory = own["peak_growth_bytes"] / peer["peak_growth_bytes"]
+    own_s = own_step_s(own)
     goals = [
-        Goal(f"times faster than TRL 1.16: {where}", steady(found["trl"]["step_s"]) / own_s, limit),
+        Goal(f"times faster than TRL 1.16: {where}", steady(peer["step_s"]) / own_s, limit),
         Goal(f"of TRL's peak memory: {where}", memory, 0.85, at_most=True),
-        Goal(f"largest loss difference: {where}", loss_difference(found),
+        Goal(f"largest loss difference: {where}", loss_difference(own, peer),
              LOSS_LIMITS[work.dtype], at_most=True),
     ]  # fmt: skip
     if work.dtype == "float32" and method in ("sft", "dpo"):
-        goals.append(Goal(f"of the matmul rate: {where}", floor_s(found) / own_s, 0.75))
+        goals.append(Goal(f"of the matmul rate: {where}", floor_s(own) / own_s, 0.75))
     return goals
 
 
 def line_of(
-    method: str, work: PairsWork, prompt: int, completion: int, found: dict[str, Any]
+    method: str, work: PairsWork, prompt: int, completion: int, found: dict[str, Any], side: str
 ) -> list[str]:
-    own_s, trl_s = own_step_s(found), steady(found["trl"]["step_s"])
+    own, peer = found[side], found["trl"]
+    own_s, trl_s, floor = own_step_s(own), steady(peer["step_s"]), floor_s(own)
     defaults = found.get("trl defaults")
     precomputed = found.get("trl precomputed")
-    floor = floor_s(found)
+    name = f"{work.model} {method} {work.dtype} {work.batch_size} x ({prompt} + {completion})"
     return [
-        f"{work.model} {method} {work.dtype} {work.batch_size} x ({prompt} + {completion})",
+        name + (", compiled" if side == COMPILED else ""),
         f"{own_s:.2f}", f"{trl_s:.2f}", f"{trl_s / own_s:.2f}",
         "-" if defaults is None else f"{steady(defaults['step_s']):.2f}",
-        "-" if precomputed is None else f"{method_s(found['peftbench']):.1f}",
+        "-" if precomputed is None else f"{method_s(own):.1f}",
         "-" if precomputed is None else f"{method_s(precomputed):.1f}",
         f"{floor:.2f}", f"{floor / own_s:.2f}",
-        f"{found['peftbench']['peak_growth_bytes'] / MIB:,.0f}",
-        f"{found['trl']['peak_growth_bytes'] / MIB:,.0f}",
-        f"{loss_difference(found):.1e}",
+        f"{own['peak_growth_bytes'] / MIB:,.0f}",
+        f"{peer['peak_growth_bytes'] / MIB:,.0f}",
+        f"{loss_difference(own, peer):.1e}",
     ]  # fmt: skip
+
+
+def compile_line(method: str, own: dict[str, Any]) -> str:
+    """What compiling took before the first step: no part of any other number."""
+    took = f"{own['compile_s']:.1f} s ({own['compilation']['cache']} cache)"
+    return f"{method}: compiling took {took}, {own['compilation']['graph_breaks']} graph breaks"

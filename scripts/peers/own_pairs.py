@@ -13,6 +13,7 @@ from work import Meter, PairsWork, read_arguments
 
 from peftbench import adapters, models, pipeline, training
 from peftbench.case import Settings
+from peftbench.compiling import compiling
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.measuring.flops import count_flops
 from peftbench.methods import METHODS
@@ -21,21 +22,29 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """Where the reference begins and ends; the steps time themselves."""
+    """How long the reference and the compiling take; the steps time themselves."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
-        self.reference_s = 0.0
+        self.taken_s = {"reference": 0.0, "compile": 0.0}
+        self._now: str | None = None
+        self._started_s = 0.0
 
-    def stage(self, name: str) -> None:
-        pass
+    def _go_on_with(self, name: str | None) -> None:
+        at_s = time.perf_counter()
+        if self._now is not None:
+            self.taken_s[self._now] += at_s - self._started_s
+        self._now, self._started_s = name, at_s
 
     def prepared(self) -> None:
-        self.reference_s -= time.perf_counter()
+        self._go_on_with("reference")
+
+    def stage(self, name: str) -> None:
+        assert name == "compile"
+        self._go_on_with(name)
 
     def reference_done(self) -> None:
-        if self.reference_s:
-            self.reference_s += time.perf_counter()
+        self._go_on_with(None)
 
     def warmed_up(self) -> None:
         pass
@@ -49,6 +58,7 @@ def settings_of(work: PairsWork) -> Settings:
         device="cpu", threads=work.threads, dtype=work.dtype, targets="qv", rank=work.rank,
         alpha=work.alpha, pairs=len(work.pairs), batch_size=work.batch_size, warmup_steps=1,
         learning_rate=work.learning_rate, weights=work.weights, seed=work.seed,
+        compile=work.compile,
     )  # fmt: skip
 
 
@@ -78,10 +88,18 @@ def main() -> None:
     reference = adapters.adapter_off(model) if work.method == "dpo" else nullcontext()
     clock = Clock(meter)
     meter.start()
-    found = training.train(model, task_of(work), settings, work.method, clock, reference)
+    with compiling(settings.compile) as compilation:
+        found = training.train(
+            model, task_of(work), settings, work.method, clock, reference, compilation=compilation
+        )
+    compiled = compilation.described()
+    if compiled is not None and compiled["recompilations_in_training"]:
+        raise RuntimeError(f"compiled while the steps were timed: {compiled}")
     outcome = {
         "step_s": found.step_s,
-        "reference_s": clock.reference_s,
+        "reference_s": clock.taken_s["reference"],
+        "compile_s": clock.taken_s["compile"],
+        "compilation": compiled,
         "losses": found.losses,
         **meter.outcome(),
         "trainable_params": adapters.count_params(model)[1],

@@ -58,6 +58,7 @@ class PairsWork:
     precomputed_reference: bool
     trl_defaults: bool  # of what costs time: gradient checkpointing
     seed: int
+    compile: str = "none"  # peftbench's setting of this name
 
 
 def described(work: PPOWork | PairsWork) -> dict[str, Any]:
