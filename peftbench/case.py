@@ -63,6 +63,7 @@ class Settings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    processes: int = 1  # that train the case together, each its share of every batch (DDP)
     pair_prompts: str = "once"  # once: a pair's sides share a pass over their prompt; twice
     compile: str = "none"  # layers: the decoder layers through torch.compile, before the warm-up
     beta: float = 0.1  # DPO's temperature
@@ -162,7 +163,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 _AT_LEAST_ONE = (
-    "pairs", "batch_size", "gradient_accumulation", "rank", "alpha", "prefix_tokens",
+    "pairs", "batch_size", "gradient_accumulation", "processes", "rank", "alpha", "prefix_tokens",
     "vera_rank", "prompt_length", "completion_length", "eval_tokens", "eval_pairs",
     "eval_batch_size", "eval_samples", "eval_sample_length", "ppo_batch_size", "ppo_epochs",
     "eval_completions", "infer_batch_size", "infer_prompt_tokens", "infer_turns",
@@ -210,6 +211,11 @@ def check_settings(settings: Settings) -> None:
         raise UserError(
             f"infer_new_tokens is {settings.infer_new_tokens}; it must be at least 2: the first"
             " belongs to the prefill"
+        )
+    if settings.batch_size % settings.processes:
+        raise UserError(
+            f"batch_size is {settings.batch_size}; it must be a multiple of processes, which"
+            f" is {settings.processes}: they share every batch"
         )
     if settings.tasks and not settings.measures_quality:
         raise UserError(

@@ -269,15 +269,17 @@ def needed(
 ) -> dict[str, float]:
     """What Ray must set aside for a round, so that no two that are measured share it.
 
-    With GPUs one of them, whole, and a core. Without, all of a node, whatever the round's threads:
-    others beside it would disturb it. Of the largest, so that none has room for two.
+    With GPUs one of them, whole, and a core for each of the case's processes. Without, all of a
+    node, whatever the round's threads: others beside it would disturb it. Of the largest, so that
+    none has room for two.
     Raises: UserError if no node has as much.
     """
-    gpus = int(settings.device != "cpu" and any(n.get("GPU", 0) >= 1 for n in nodes))
+    has_gpus = settings.device != "cpu" and any(n.get("GPU", 0) >= 1 for n in nodes)
+    gpus = settings.processes if has_gpus else 0
     if settings.device == "cuda" and not gpus:
         raise UserError("--device cuda: no node of the Ray cluster has a GPU")
     largest = max((int(node["CPU"]) for node in nodes), default=1)
-    cpus = options.cpus or (1 if gpus else largest)
+    cpus = options.cpus or gpus or largest
     needs: dict[str, float] = {"num_cpus": cpus, "num_gpus": gpus}
     if options.memory_bytes:
         needs["memory"] = options.memory_bytes

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from peftbench import adapters, evaluation, harness, models, ppo_values, provenance, values
+from peftbench import adapters, evaluation, harness, models, ppo_values, provenance, ranks, values
 from peftbench.batches import collate, completion_logprobs, forward_logits
 from peftbench.case import Case, Settings
 from peftbench.compiling import compiling
@@ -78,7 +78,11 @@ class Gate:
         self._phases.enter("warmup")
 
     def warmed_up(self) -> None:
-        self._phases.enter("train", hold=self._parent.ready)
+        self._phases.enter("train", hold=self._go)
+
+    def _go(self) -> None:
+        self._parent.ready()
+        ranks.meet()
 
     def trained(self) -> None:
         self._phases.leave(stopped=self._parent.trained)
@@ -91,16 +95,18 @@ def run_round(
     unquantized_base: Quality | None,
     peak_flops_per_s: float | None,
     parent: Parent,
-) -> dict[str, Any]:
+    place: ranks.Ranks = ranks.ALONE,
+) -> dict[str, Any] | None:
     """Run one round of a case in this process and return its record.
 
     `base` is what the untrained model scores on the same held-out data (`score_base`), and
     `unquantized_base` the same before quantisation; both None when quality is not measured.
-    `peak_flops_per_s` is the device's rate in one large matrix product (`time_sentinels`).
+    `peak_flops_per_s` is the device's rate in one large matrix product (`time_sentinels`). Of
+    several ranks all train, each at its `place`, and the first one does the rest: None of others.
     """
     case = models.resolved(case)
     settings, start_unix_s = case.settings, time.time()
-    device = prepare_process(settings)
+    device = prepare_process(settings, place)
     phases = Phases(device, parent.phase)
 
     phases.enter("import")
@@ -128,7 +134,12 @@ def run_round(
     at_start = None if case.adapter == "full" else adapters.snapshot(model)
 
     phases.enter("prepare")
-    training = train(model, plain, case, task, tokenizer, Gate(phases, parent))
+    with ranks.joined(place, device):
+        training = train(model, plain, case, task, tokenizer, Gate(phases, parent))
+        readings = ranks.gathered(values.rank_reading(place.rank, phases, device_uuid(device)))
+    if place.rank > 0:
+        return None
+    values.without_ranks(phases, readings)
     if not all(math.isfinite(loss) for loss in training.losses):
         step = next(i for i, loss in enumerate(training.losses) if not math.isfinite(loss))
         raise InvalidTrainingError(f"the loss is {training.losses[step]} at step {step + 1}")
@@ -171,6 +182,8 @@ def run_round(
     phases.enter("count")
     # At the very end: it takes as much memory and time as a step, and moves no number.
     flops = flops_per_token(model, case, task, training, tokenizer)
+    # after all that asks for the model, as it goes on training it
+    alone_s = None if place.count == 1 else steps_alone_s(model, case, task)
     phases.leave()
     phases.check_sum()
 
@@ -216,6 +229,7 @@ def run_round(
         "data_digest": task.digest,
         "phases": {name: asdict(reading) for name, reading in phases.readings.items()},
         "compilation": training.compilation,
+        "ranks": values.rank_values(readings, training.step_s, alone_s, settings.warmup_steps),
         "shared_prompts": training.shared_prompts,
         "losses": training.losses,
         "step_s": training.step_s,
@@ -279,19 +293,26 @@ def score_base(case: Case, quantize: Quantization | None, parent: Parent) -> dic
     }
 
 
-def prepare_process(settings: Settings) -> torch.device:
-    """Seeds, threads and the device; called in a fresh child only."""
+def prepare_process(settings: Settings, place: ranks.Ranks = ranks.ALONE) -> torch.device:
+    """Seeds, threads and the device; called in a fresh child only. Ranks share the cores."""
     # What the imports left is never garbage: without this each phase's collection walks through it
     # all, a third of a second at every boundary.
     gc.collect()
     gc.freeze()
-    torch.set_num_threads(settings.threads or provenance.available_cores() or 1)
+    cores = provenance.available_cores() or 1
+    torch.set_num_threads(settings.threads or max(1, cores // place.count))
     torch.manual_seed(settings.seed)
     if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
         limit_host_memory(settings.host_memory_limit_bytes)
         return torch.device("cpu")
     torch.cuda.init()  # type: ignore[no-untyped-call]  # the memory counters are read before anything is put on the device
-    device = torch.device("cuda:0")
+    if place.count > torch.cuda.device_count():
+        raise UserError(
+            f"processes is {place.count}, but there are {torch.cuda.device_count()} GPUs; give at"
+            " most as many"
+        )
+    device = torch.device("cuda", place.rank)
+    torch.cuda.set_device(device)
     if settings.gpu_memory_limit_bytes > 0:
         total = torch.cuda.get_device_properties(device).total_memory
         fraction = settings.gpu_memory_limit_bytes / total
@@ -385,6 +406,13 @@ def train(
         else:
             done = training.train(model, task, settings, last, gate, reference, keeper, compilation)
         return replace(done, compilation=compilation.described())
+
+
+def steps_alone_s(model: Any, case: Case, task: TokenTask) -> list[float]:
+    """Seconds of the first steps made by one rank alone: what its scaling is measured against."""
+    from peftbench import training
+
+    return training.alone_step_s(model, task, case.settings, stages(case.method)[-1])
 
 
 def eos_id_of(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> int | None:

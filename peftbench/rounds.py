@@ -128,8 +128,8 @@ class CaseRounds:
         if self._sampler is not None:
             self._sampler.start()  # what the device holds before the child is there
         self._child = session.child(job, file_stem(self._case, round_index))
-        if self._sampler is not None and self._child.process.pid is not None:
-            self._sampler.set_pid(self._child.process.pid)
+        if self._sampler is not None and self._child.pid is not None:
+            self._sampler.set_pid(self._child.pid)
         self._child.receive("ready")
 
     def _job(self, case: Case) -> dict[str, Any]:

@@ -98,6 +98,7 @@ def record_lines(row: dict[str, Any]) -> list[str]:
     if "case" in row:
         lines += ["", *_settings_lines(row)]
     if row["status"] == "ok":
+        lines += _rank_lines(row)
         for title, names in metric_sections(kind_of(row["case_id"])).items():
             lines += ["", *_metric_lines(row, title, names)]
         if row.get("tasks"):
@@ -106,6 +107,23 @@ def record_lines(row: dict[str, Any]) -> list[str]:
     if "provenance" in row:
         lines += ["", *provenance_lines(row)]
     return _printable(lines)
+
+
+def _rank_lines(row: dict[str, Any]) -> list[str]:
+    """Memory of each rank of a case that several processes trained."""
+    ranks = row.get("ranks")
+    if ranks is None:
+        return []
+
+    def cells(name: str, values: dict[str, Any]) -> list[str]:
+        sizes = (values["host_peak_rss_delta_bytes"], values["torch_peak_allocated_bytes"])
+        return [name, *("-" if s is None else f"{s / MIB:,.1f}" for s in sizes)]
+
+    each = [cells(f"rank {rank['rank']}", rank) for rank in ranks["each"]]
+    each += [cells(name, ranks[name]) for name in ("max", "sum")]
+    ratio = ranks["scaling_efficiency_ratio"]
+    scaling = f"scaling efficiency against one process: {ratio:.2f} (1: perfect)"
+    return ["", scaling, "", *table(["peak MiB", "host growth", "GPU, torch"], each)]
 
 
 def _repetition(row: dict[str, Any]) -> str:

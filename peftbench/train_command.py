@@ -134,6 +134,11 @@ def train_case(
     tokenizer, a model card and `training.json`.
     Raises: UserError; StoppedError with a checkpoint on disk; InvalidTrainingError.
     """
+    if case.settings.processes > 1:
+        raise UserError(
+            f"--processes is {case.settings.processes}; peftbench train runs one process"
+            " (pytest bench runs several)"
+        )
     case = models.resolved(case)
     prepare_folder(folder, case, resume=resume, overwrite=overwrite)
     settings = case.settings

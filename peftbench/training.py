@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from peftbench import ranks
 from peftbench.batches import Batch, Sides, collate, token_counts
 from peftbench.compiling import Compilation
 from peftbench.data.task import TokenPair, TokenTask
@@ -149,11 +150,15 @@ def micro_batches(
 
 @dataclass(frozen=True)
 class Window:
-    """What one optimiser step reads: its micro-batches, padded and on the device."""
+    """What one optimiser step reads: its micro-batches, padded and on the device.
+
+    Of several ranks the batches are this one's shares; the tokens are those of all.
+    """
 
     batches: Sequence[Batch | SharedBatch]
     completion_tokens: int  # chosen completion tokens of all of them: SFT's normaliser
     tokens: int  # non-padding tokens of all of them
+    nll_weights: Sequence[float]  # of each batch: what its mean NLL counts among the ranks' (ORPO)
 
 
 def shares_prompts(model: Any, task: TokenTask, settings: Settings, method: str) -> bool:
@@ -179,15 +184,26 @@ def build_windows(
     shared_prompts: bool = False,
 ) -> list[Window]:
     """All steps of the budget, so that no padding or copy to the device falls inside the clock."""
-
+    own = ranks.current()
     return [
         Window(
-            [batch_of(pairs, sides, device, shared_prompts) for pairs in window],
+            [batch_of(own.share_of(pairs), sides, device, shared_prompts) for pairs in window],
             sum(len(pair.chosen) for pairs in window for pair in pairs),
             sum(token_counts(pairs, sides)[0] for pairs in window),
+            [nll_weight(own, pairs, settings.orpo_nll_on) for pairs in window],
         )
         for window in micro_batches(task.train, settings)
     ]
+
+
+def nll_weight(own: ranks.Ranks, pairs: list[TokenPair], nll_on: str) -> float:
+    """What makes the mean over the ranks of their mean NLL a token that of the whole batch."""
+    prompts = nll_on == "all"
+
+    def tokens(some: list[TokenPair]) -> int:
+        return sum(len(p.chosen) + prompts * (len(p.prompt) - 1) for p in some)
+
+    return own.count * tokens(own.share_of(pairs)) / tokens(pairs)
 
 
 def reference_logratios(
@@ -247,7 +263,7 @@ def rates_of(schedule: torch.optim.lr_scheduler.LambdaLR, steps: int) -> list[fl
 
 def batch_loss(
     model: Any, batch: Batch | SharedBatch, method: str, settings: Settings, *,
-    window_tokens: int, reference: torch.Tensor | None,
+    window_tokens: float, reference: torch.Tensor | None, nll_weight: float = 1.0,
 ) -> torch.Tensor:  # fmt: skip
     """One micro-batch's share of the optimiser step's loss."""
     accumulation = settings.gradient_accumulation
@@ -258,7 +274,9 @@ def batch_loss(
         assert reference is not None
         return dpo.loss(model, batch, reference, settings.beta, accumulation)
     if method == "orpo":
-        return orpo.loss(model, batch, settings.orpo_lambda, settings.orpo_nll_on, accumulation)
+        return orpo.loss(
+            model, batch, settings.orpo_lambda, settings.orpo_nll_on, accumulation, nll_weight
+        )
     raise UserError(f"method {method!r} has no native loss; choose from: {', '.join(METHODS)}")
 
 
@@ -313,14 +331,19 @@ def train(
 
     `reference` is a context in which the model answers as the reference (the adapter switched off).
     Nothing inside the timed window evaluates, writes, or waits for the device: losses stay on it
-    until the clock has stopped.
+    until the clock has stopped. Of several ranks each calls this, and all leave the same model.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     device = next(model.parameters()).device
     compilation = compilation or Compilation()
     bf16 = settings.dtype == "bfloat16"
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device.type == "cpu")
+    accelerator = Accelerator(
+        mixed_precision="bf16" if bf16 else "no", cpu=device.type == "cpu",
+        # nothing that is not trained changes: buffers need not be sent before each pass
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )  # fmt: skip
+    count = ranks.current().count
     model.train()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -371,12 +394,15 @@ def train(
         step_loss = torch.zeros((), device=device)
         for micro, batch in enumerate(window.batches):
             at = step * settings.gradient_accumulation + micro
-            loss = batch_loss(
-                wrapped, batch, method, settings,
-                window_tokens=window.completion_tokens,
-                reference=reference_rows[at] if reference_rows else None,
-            )  # fmt: skip
-            accelerator.backward(loss)
+            last = micro == len(window.batches) - 1  # gradients are averaged once a step
+            with nullcontext() if last else accelerator.no_sync(wrapped):
+                loss = batch_loss(
+                    wrapped, batch, method, settings,
+                    window_tokens=window.completion_tokens / count,  # the ranks' mean is taken
+                    reference=reference_rows[at] if reference_rows else None,
+                    nll_weight=window.nll_weights[micro],
+                )  # fmt: skip
+                accelerator.backward(loss)
             step_loss += loss.detach()
         if settings.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
@@ -396,11 +422,26 @@ def train(
     grad_bytes = gradient_bytes(trained)
     optimizer.zero_grad(set_to_none=True)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    losses = [float(x) for x in state.losses]
+    losses = ranks.mean(torch.stack(state.losses)).tolist()
     rates = rates_of(schedule, len(losses))
     return Training(
         losses, clock.step_s(), grad_bytes, state_bytes(optimizer), rates, shared_prompts=shared
     )
+
+
+ALONE_STEPS = 8  # some of these are outside the clock
+
+
+def alone_step_s(model: Any, task: TokenTask, settings: Settings, method: str) -> list[float]:
+    """Seconds of a training's first steps when this process makes them alone, with whole batches.
+
+    Trains the model in place. The warm-up is that of the settings.
+    """
+    window = settings.batch_size * settings.gradient_accumulation
+    steps = min(settings.steps, settings.warmup_steps + ALONE_STEPS)
+    few = replace(settings, processes=1, pairs=steps * window, time_budget_s=0.0)
+    short = replace(task, train=task.train[: few.pairs])
+    return train(model, short, few, method, SilentGate(), nullcontext()).step_s
 
 
 def gradient_bytes(parameters: Iterable[torch.nn.Parameter]) -> int:

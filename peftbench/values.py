@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +14,13 @@ from peftbench import evaluation, ppo_values
 from peftbench.adapters import ADAPTERS
 from peftbench.batches import token_counts
 from peftbench.case import Case, Settings
-from peftbench.data.task import TokenTask
+from peftbench.data.task import TokenPair, TokenTask
 from peftbench.evaluation import GapScore, Quality
 from peftbench.measuring.host import MOST_OTHER_CPU_RATIO
 from peftbench.measuring.phases import PhaseReading, Phases
 from peftbench.methods import METHODS, uses_ppo
 from peftbench.metrics import HEADLINE_PHASES, PHASES
+from peftbench.ranks import Ranks
 from peftbench.training import Training
 
 if TYPE_CHECKING:
@@ -80,13 +83,21 @@ def micro_batch_tokens(
         updates = training.ppo.micro_batch_tokens
         timed = updates[training.ppo.warmup_updates :]
         return [c for update in updates for c in update], [c for update in timed for c in update]
-    settings, sides = case.settings, METHODS[case.method].sides
+    settings = case.settings
     pairs = len(training.step_s) * settings.batch_size * settings.gradient_accumulation
     counts = [
-        token_counts(task.train[at : at + settings.batch_size], sides, training.shared_prompts)
+        shared_counts(task.train[at : at + settings.batch_size], training, case)
         for at in range(0, pairs, settings.batch_size)
     ]
     return counts, counts[settings.warmup_steps * settings.gradient_accumulation :]
+
+
+def shared_counts(pairs: Sequence[TokenPair], training: Training, case: Case) -> tuple[int, int]:
+    """(non-padding, computed) tokens of one micro-batch: each rank pads its own share."""
+    sides, count = METHODS[case.method].sides, case.settings.processes
+    shares = [Ranks(rank, count).share_of(pairs) for rank in range(count)]
+    counts = [token_counts(share, sides, training.shared_prompts) for share in shares]
+    return sum(real for real, _ in counts), sum(padded for _, padded in counts)
 
 
 def step_tokens(training: Training, case: Case, task: TokenTask) -> list[int]:
@@ -190,6 +201,70 @@ def memory_values(phases: Phases) -> dict[str, int | None]:
     peak, start = values["host_peak_rss_bytes"], phases.start_rss_bytes
     values["host_peak_rss_delta_bytes"] = None if peak is None or start is None else peak - start
     return values
+
+
+@dataclass(frozen=True)
+class RankReading:
+    """What one of a case's processes took, in the phases that its method is made of."""
+
+    rank: int
+    device_uuid: str | None  # of its GPU
+    train_s: float
+    host_peak_rss_bytes: int | None
+    host_peak_rss_delta_bytes: int | None  # beyond what it had after its imports
+    torch_peak_allocated_bytes: int | None
+    torch_peak_reserved_bytes: int | None
+    own_cpu_s: dict[str, float | None]  # by phase
+
+
+def rank_reading(rank: int, phases: Phases, device_uuid: str | None) -> RankReading:
+    """Of this process, right after its training."""
+    headline = {n: r for n, r in phases.readings.items() if n in HEADLINE_PHASES}
+    return RankReading(
+        rank, device_uuid, headline["train"].seconds,
+        own_cpu_s={name: reading.own_cpu_s for name, reading in headline.items()},
+        **memory_values(phases),
+    )  # fmt: skip
+
+
+def without_ranks(phases: Phases, ranks: list[RankReading]) -> None:
+    """Take what the case's other ranks used out of what others did, phase by phase."""
+    for name, reading in phases.readings.items():
+        taken = [rank.own_cpu_s.get(name) for rank in ranks[1:]]
+        if reading.other_cpu_s is not None and taken:
+            others_s = max(0.0, reading.other_cpu_s - math.fsum(s for s in taken if s is not None))
+            phases.readings[name] = replace(reading, other_cpu_s=others_s)
+
+
+RANK_QUANTITIES = (
+    "host_peak_rss_bytes", "host_peak_rss_delta_bytes", "torch_peak_allocated_bytes",
+    "torch_peak_reserved_bytes",
+)  # fmt: skip
+
+
+def rank_values(
+    ranks: list[RankReading],
+    step_s: list[float],
+    alone_step_s: list[float] | None,
+    warmup_steps: int,
+) -> dict[str, Any] | None:
+    """Memory of each rank, the largest and the sum; None of a case that one process trains.
+
+    `scaling_efficiency_ratio` is what one rank takes alone for a step over the same step's time of
+    all, times their number: the median of the steps that both made after the warm-up. 1 is perfect.
+    """
+    if alone_step_s is None:
+        return None
+    pairs = list(zip(alone_step_s, step_s, strict=False))[warmup_steps:]
+    efficiencies = sorted(alone / (len(ranks) * together) for alone, together in pairs)
+    found: dict[str, Any] = {"each": [asdict(rank) for rank in ranks], "max": {}, "sum": {},
+                             "scaling_efficiency_ratio": quantile(efficiencies, 0.5)}  # fmt: skip
+    for name in RANK_QUANTITIES:
+        values = [getattr(rank, name) for rank in ranks]
+        known = None not in values
+        found["max"][name] = max(values) if known else None
+        found["sum"][name] = sum(values) if known else None
+    return found
 
 
 def quality_values(

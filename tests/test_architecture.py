@@ -19,7 +19,7 @@ CHILD_ONLY = {
     "biases", "pissa", "prompt",
     "rollout", "reward_model", "ppo_roles", "ppo_training", "ppo_values",
     # and those of a command that trains or answers in its own process
-    "checkpoint", "chat", "inference", "agreement", "compiling", "shared_prompts",
+    "checkpoint", "chat", "inference", "agreement", "compiling", "shared_prompts", "ranks",
 }  # fmt: skip
 
 LAYERS = [
@@ -29,6 +29,7 @@ LAYERS = [
         "measuring.nvml",
         "privacy",
         "out_of_memory",
+        "ranks",
         "methods",
         "matrix",
     },

@@ -304,7 +304,7 @@ def test_gradient_and_optimizer_bytes_equal_arithmetic():
 
 
 def reading(seconds: float, other_cpu_s: float | None = 0.0) -> PhaseReading:
-    return PhaseReading(seconds, 100.0, 1, None, None, other_cpu_s, 30.0)
+    return PhaseReading(seconds, 100.0, 1, None, None, 0.0, other_cpu_s, 30.0)
 
 
 def test_work_values_equal_arithmetic():

@@ -88,6 +88,11 @@ def other_cpu_s(start: CpuTimes | None, end: CpuTimes | None) -> float | None:
     return max(0.0, (end.machine_s - start.machine_s) - (end.own_s - start.own_s))
 
 
+def own_cpu_s(start: CpuTimes | None, end: CpuTimes | None) -> float | None:
+    """CPU seconds that this process took between two readings."""
+    return None if start is None or end is None else end.own_s - start.own_s
+
+
 def run_delay_s() -> float:
     """Seconds that this thread could have run and had no processor: others had them all.
 

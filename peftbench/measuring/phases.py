@@ -22,7 +22,8 @@ class PhaseReading:
     host_peak_rss_bytes: int | None
     torch_peak_allocated_bytes: int | None
     torch_peak_reserved_bytes: int | None
-    other_cpu_s: float | None  # CPU time that other processes took meanwhile
+    own_cpu_s: float | None  # CPU time that this process took
+    other_cpu_s: float | None  # that others took meanwhile; other ranks of the case are none
     package_energy_j: float | None  # of the processors (RAPL)
 
 
@@ -116,6 +117,7 @@ class Phases:
         seconds = self._last_ended - self._started
         if stopped is not None:
             stopped(seconds)
+        cpu_end = host.cpu_times()
         self._mark_outside()
         cuda = self._device.type == "cuda"
         energy_j = (
@@ -129,7 +131,8 @@ class Phases:
             None if self.peak_unavailable else host.peak_rss_bytes(),
             torch.cuda.max_memory_allocated(self._device) if cuda else None,
             torch.cuda.max_memory_reserved(self._device) if cuda else None,
-            host.other_cpu_s(self._cpu_start, host.cpu_times()),
+            host.own_cpu_s(self._cpu_start, cpu_end),
+            host.other_cpu_s(self._cpu_start, cpu_end),
             energy_j,
         )
         self._name = None

@@ -32,11 +32,17 @@ def orpo_loss(
 
 
 def loss(
-    model: Any, batch: PairBatch, orpo_lambda: float, nll_on: str, micro_batches: int
+    model: Any,
+    batch: PairBatch,
+    orpo_lambda: float,
+    nll_on: str,
+    micro_batches: int,
+    nll_weight: float = 1.0,
 ) -> torch.Tensor:
     """This micro-batch's share of the step's loss.
 
     With `nll_on="all"` the NLL covers the prompt as well, like the authors' code and TRL.
+    `nll_weight` is what it counts beside those of other ranks, which have more tokens or fewer.
     """
     scored = batch.pair_logprobs(model, with_prompt=nll_on == "all")
     chosen_mask = batch.completion_mask.chunk(2)[0]
@@ -44,4 +50,4 @@ def loss(
     if scored.prompt is not None and scored.prompt_mask is not None:
         logprob, tokens = logprob + scored.prompt.sum(), tokens + scored.prompt_mask.sum()
     chosen, rejected = masked_mean(scored.completions, batch.completion_mask).chunk(2)
-    return orpo_loss(-logprob / tokens, chosen, rejected, orpo_lambda) / micro_batches
+    return orpo_loss(-logprob / tokens * nll_weight, chosen, rejected, orpo_lambda) / micro_batches

@@ -1,0 +1,117 @@
+"""A case over several processes: which rank this one is, what it reads, and what all know together.
+
+`--processes N` starts N training children, the ranks. Each holds the whole model and reads its
+share of every micro-batch; DistributedDataParallel, through accelerate, averages their gradients.
+Everything but the training is rank 0's, whose record the round's is. Outside such a case there is
+one rank, and nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+T = TypeVar("T")
+
+# what the backends say when another rank has ended or does not answer
+_LOST = ("connection closed by peer", "connection reset by peer", "timed out", "timeout", "nccl")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The place of a process among those that train a case together."""
+
+    rank: int = 0
+    count: int = 1
+    store: str = ""  # the file through which they meet
+    patience_s: float = 300.0  # how long one waits for the others
+
+    def share_of(self, rows: Sequence[T]) -> list[T]:
+        """The rows of this rank: equally many for each, in their order."""
+        size = len(rows) // self.count
+        if size * self.count != len(rows):
+            raise ValueError(f"{len(rows)} rows cannot be shared among {self.count} ranks")
+        return list(rows[self.rank * size : (self.rank + 1) * size])
+
+
+def current() -> Ranks:
+    """Those of this process; one where it has joined none."""
+    if not distributed.is_initialized():
+        return ALONE
+    return Ranks(distributed.get_rank(), distributed.get_world_size())
+
+
+ALONE = Ranks()
+
+
+class LostRankError(RuntimeError):
+    """Another rank has ended, or not answered in time."""
+
+
+@contextmanager
+def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Meet the other ranks; inside, they wait for each other in collectives.
+
+    Raises: LostRankError where one has ended, or has not answered in time.
+    """
+    if ranks.count == 1:
+        yield
+        return
+    from accelerate.state import AcceleratorState
+
+    # accelerate looks here whether there are others
+    told = {
+        "RANK": str(ranks.rank), "WORLD_SIZE": str(ranks.count),
+        "LOCAL_RANK": str(ranks.rank), "LOCAL_WORLD_SIZE": str(ranks.count),
+    }  # fmt: skip
+    os.environ |= told
+    try:
+        distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"file://{ranks.store}",
+            rank=ranks.rank,
+            world_size=ranks.count,
+            timeout=timedelta(seconds=ranks.patience_s),
+        )
+        yield
+    except RuntimeError as error:
+        if any(sign in str(error).lower() for sign in _LOST):
+            raise LostRankError(str(error)) from error
+        raise
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        for name in told:
+            os.environ.pop(name, None)
+        # whose objects all share one state: what comes after must not believe in other ranks
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def meet() -> None:
+    """Wait for all ranks."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def mean(values: torch.Tensor) -> torch.Tensor:
+    """The mean over the ranks, of each element."""
+    if distributed.is_initialized():
+        distributed.all_reduce(values)
+        values = values / distributed.get_world_size()
+    return values
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each rank gives, in the order of the ranks."""
+    if not distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values

@@ -1,0 +1,219 @@
+"""A case over several processes: what they learn, what they take, and how they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+from bench_run import bench, cases, finish, read, rows, start
+from test_lifecycle import LONG, assert_nothing_left, child_of, family, wait_for
+
+from peftbench.case import Case, Settings, check_settings
+from peftbench.data.task import TokenPair
+from peftbench.errors import UserError
+from peftbench.measuring.phases import PhaseReading
+from peftbench.preflight import impossible
+from peftbench.ranks import Ranks
+from peftbench.show import record_lines
+from peftbench.training import nll_weight
+from peftbench.values import RankReading, rank_values, without_ranks
+from peftbench.worker import LOST_RANK, Child, Outcome
+
+RAGGED = ["--pairs", "64", "--prompt-length", "60", "--completion-length", "60",
+          "--gradient-accumulation", "2"]  # fmt: skip
+
+
+def test_ranks_share_a_batch_in_its_order():
+    assert [Ranks(rank, 3).share_of("abcdef") for rank in range(3)] == [
+        ["a", "b"], ["c", "d"], ["e", "f"]
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="5 rows cannot be shared among 2"):
+        Ranks(0, 2).share_of("abcde")
+
+
+@pytest.mark.parametrize(("nll_on", "tokens"), [("completion", (1, 3)), ("all", (3, 7))])
+def test_the_mean_of_weighted_mean_losses_is_that_of_all_tokens(nll_on, tokens):
+    pairs = [TokenPair((1, 2, 3), (4,), (5,)), TokenPair((1,) * 5, (4, 5, 6), (7,))]
+    weights = [nll_weight(Ranks(rank, 2), pairs, nll_on) for rank in range(2)]
+    # two ranks with sums 10 and 20 over their own tokens
+    means = [10 / tokens[0], 20 / tokens[1]]
+    mean = sum(w * m for w, m in zip(weights, means, strict=True)) / 2
+    assert mean == pytest.approx(30 / sum(tokens))
+    assert nll_weight(Ranks(), pairs, nll_on) == 1
+
+
+def compared(tmp_path, *arguments: str) -> dict[str, tuple[dict, dict]]:
+    """The records of each case, of one process and of two."""
+    found = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        code, text, run = bench(folder, *RAGGED, "--processes", str(count), *arguments)
+        assert code == 0, text
+        found.append(rows(run))
+    one, two = found
+    assert set(one) == set(two)
+    assert one
+    return {name: (one[name], two[name]) for name in one}
+
+
+def assert_alike(one: dict, two: dict) -> None:
+    assert len(two["losses"]) == len(one["losses"]) > 2
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    assert two["losses"] != [one["losses"][0]] * len(two["losses"])
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
+    assert two["train_tokens"] == one["train_tokens"]
+    assert two["step_tokens"] == one["step_tokens"]
+    assert two["trainable_params"] == one["trainable_params"]
+    assert one["ranks"] is None
+    each = two["ranks"]["each"]
+    assert [rank["rank"] for rank in each] == [0, 1]
+    peaks = [rank["host_peak_rss_delta_bytes"] for rank in each]
+    assert two["ranks"]["max"]["host_peak_rss_delta_bytes"] == max(peaks)
+    assert two["ranks"]["sum"]["host_peak_rss_delta_bytes"] == sum(peaks)
+    assert 0.02 < two["ranks"]["scaling_efficiency_ratio"] < 2
+    assert all(rank["train_s"] > 0.5 * two["train_s"] for rank in each)
+    assert "rank 1" in "\n".join(record_lines(two))
+    assert two["case_hash"] != one["case_hash"]
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    found = compared(tmp_path, "--models", "tiny-gpt2", "--adapters", "lora",
+                     "--methods", "sft,orpo,sft+dpo")  # fmt: skip
+    assert len(found) == 3
+    for one, two in found.values():
+        assert_alike(one, two)
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("model", ["tiny-gpt2", "tiny-llama"])
+def test_two_processes_learn_what_one_does_with_every_adapter(tmp_path, model):
+    adapters = "lora,qlora,ia3,prefix,full,dora,vera,rslora,pissa,ln,lora-bias,prompt"
+    found = compared(
+        tmp_path, "--models", model, "--methods", "sft,dpo,orpo", "--adapters", adapters
+    )
+    assert len(found) >= 33
+    for one, two in found.values():
+        assert_alike(one, two)
+
+
+def test_a_killed_rank_is_named_and_nothing_stays_behind(tmp_path):
+    process = start(tmp_path, "--methods", "sft", "--adapters", "lora", "--processes", "2", *LONG)
+    child = child_of(process, "tiny-gpt2-lora-sft-")
+    rank = rank_of(process, 1)
+    started = set(family(process.pid))
+    assert child in started
+    os.kill(rank, signal.SIGKILL)
+    code, text = finish(process)
+    assert code == 1, text
+    lost = cases(read(tmp_path))["tiny-gpt2-lora-sft"]
+    assert (lost["status"], lost["reason"]) == (
+        "crashed", "rank 1 of 2: the process died with signal 9"
+    )  # fmt: skip
+    assert_nothing_left(tmp_path, started)
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("phase", ["load", "train"])
+def test_a_rank_that_stands_still_is_named(tmp_path, phase):
+    process = start(tmp_path, "--methods", "sft", "--adapters", "lora", "--processes", "2",
+                    "--pairs", "8000", "--case-timeout", "60")  # fmt: skip
+    rank = rank_of(process, 1)
+    started = set(family(process.pid))
+    if phase == "train":
+        time.sleep(4)  # it loads for some tenths of a second and trains for many
+    os.kill(rank, signal.SIGSTOP)
+    code, text = finish(process)
+    assert code == 1, text
+    lost = cases(read(tmp_path))["tiny-gpt2-lora-sft"]
+    assert (lost["status"], lost["reason"]) == (
+        "timeout", "rank 1 of 2 did not answer the others"
+    )  # fmt: skip
+    assert_nothing_left(tmp_path, started)
+
+
+def rank_of(process, rank: int) -> int:
+    """The pid of a rank, as soon as it is there."""
+
+    def found() -> int | None:
+        for each in family(process.pid):
+            name = log_of(each)
+            if name.startswith("tiny-gpt2-lora-sft") and name.endswith(f"-rank{rank}.log"):
+                return each
+        return None
+
+    pid = wait_for(found)
+    assert isinstance(pid, int)
+    return pid
+
+
+def log_of(pid: int) -> str:
+    try:
+        return os.path.basename(os.readlink(f"/proc/{pid}/fd/1"))
+    except OSError:
+        return ""
+
+
+def test_the_rank_that_ended_is_blamed_and_not_those_that_lost_it(monkeypatch):
+    child = object.__new__(Child)
+    child._ranks = [type("Rank", (), {"phase": "train", "done": True})() for _ in range(3)]
+    monkeypatch.setattr("peftbench.worker._LAST_WORDS_S", 0.0)
+    lost, died = (Outcome("crashed", "train", reason) for reason in (LOST_RANK, "signal 9"))
+    oom = Outcome("oom", "train", "no memory", memory={"bytes_asked": 5})
+    assert child._blamed({0: lost, 1: lost, 2: died}).reason == "rank 2 of 3: signal 9"
+    blamed = child._blamed({0: lost, 1: oom})
+    assert (blamed.status, blamed.reason) == ("oom", "rank 1 of 3: no memory")
+    assert blamed.memory == {"bytes_asked": 5}
+    silent = child._blamed({0: lost, 2: lost})
+    assert (silent.status, silent.reason) == ("timeout", "rank 1 of 3 did not answer the others")
+    child._ranks = child._ranks[:1]
+    assert child._blamed({0: died}) is died
+
+
+def reading(other_cpu_s: float) -> PhaseReading:
+    return PhaseReading(2.0, 0.0, 1, None, None, 1.5, other_cpu_s, None)
+
+
+def rank(number: int, own_cpu_s: float, peak: int | None) -> RankReading:
+    return RankReading(number, None, 2.0, peak, peak, None, None, {"train": own_cpu_s})
+
+
+def test_other_ranks_are_not_other_processes():
+    phases = type("Phases", (), {"readings": {"train": reading(1.9), "load": reading(0.3)}})()
+    without_ranks(phases, [rank(0, 1.5, 1), rank(1, 1.6, 1)])
+    assert phases.readings["train"].other_cpu_s == pytest.approx(0.3)
+    assert phases.readings["load"].other_cpu_s == 0.3
+    without_ranks(phases, [rank(0, 1.5, 1), rank(1, 1.6, 1)])
+    assert phases.readings["train"].other_cpu_s == 0
+
+
+def test_what_one_rank_cannot_tell_has_no_sum():
+    found = rank_values([rank(0, 1.0, 7), rank(1, 1.0, 5)], [9.0, 2.0], [9.0, 3.0], 1)
+    assert found["max"]["host_peak_rss_bytes"] == 7
+    assert found["sum"]["host_peak_rss_bytes"] == 12
+    assert found["sum"]["torch_peak_allocated_bytes"] is None
+    assert rank_values([rank(0, 1.0, 7)], [9.0, 2.0], None, 1) is None
+
+
+def test_scaling_is_measured_on_the_steps_that_both_made():
+    together, alone = [9.0, 1.0, 2.0, 4.0, 0.1], [5.0, 1.8, 3.0, 2.0]
+    found = rank_values([rank(0, 1.0, 7), rank(1, 1.0, 5)], together, alone, 1)
+    # of 1.8 / (2 x 1), 3 / (2 x 2) and 2 / (2 x 4) the median
+    assert found["scaling_efficiency_ratio"] == pytest.approx(0.75)
+
+
+def test_what_cannot_be_shared_is_one_line():
+    with pytest.raises(UserError, match="batch_size is 6; it must be a multiple of processes"):
+        check_settings(Settings(processes=4, batch_size=6))
+    with pytest.raises(UserError, match="processes is 0; it must be at least 1"):
+        check_settings(Settings(processes=0))
+    for method, changed in (
+        ("ppo", {}),
+        ("sft", {"engine": "trl"}),
+        ("sft", {"compile": "layers"}),
+    ):
+        case = Case("tiny-gpt2", "lora", method, Settings(processes=2, **changed))
+        assert "--processes" in str(impossible(case))
+    assert impossible(Case("tiny-gpt2", "lora", "sft+dpo", Settings(processes=2))) is None
