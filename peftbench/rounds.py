@@ -8,7 +8,8 @@ from typing import Any
 from peftbench import provenance
 from peftbench.adapters import ADAPTERS
 from peftbench.case import Case
-from peftbench.measuring.gpu import gpu_readings
+from peftbench.measuring.gpu import GpuReadings, gpu_readings
+from peftbench.measuring.nvml import find_uuid
 from peftbench.measuring.sampler import Sampler, Trace
 from peftbench.metrics import HEADLINE_PHASES, VARIANTS, WINDOW, kind_of
 from peftbench.record import dumps, merge_rounds, write_atomically
@@ -31,6 +32,9 @@ def add_gpu_readings(record: dict[str, Any], trace: Trace) -> None:
     device = next((d for d in found.devices if d.uuid == found.device_uuid), None)
     phases = {} if device is None else device.phases
     energy_j = phases["train"].energy_j if phases else None
+    lost = None
+    if record["ranks"] is not None:
+        energy_j, lost = add_rank_readings(record["ranks"], trace, found)
     values: dict[str, float | int | None] = {
         "peak_gpu_memory_bytes": found.peak_gpu_memory_bytes,
         "energy_j": energy_j,
@@ -45,6 +49,8 @@ def add_gpu_readings(record: dict[str, Any], trace: Trace) -> None:
     reasons = dict(found.reasons)
     if phases and "energy_j" in phases["train"].reasons:
         reasons["energy_j"] = reasons["energy_per_token_j"] = phases["train"].reasons["energy_j"]
+    if lost is not None:
+        reasons["energy_j"] = reasons["energy_per_token_j"] = lost
     for name, value in values.items():
         record[name] = value
         record["null_reasons"].pop(name, None)
@@ -53,6 +59,33 @@ def add_gpu_readings(record: dict[str, Any], trace: Trace) -> None:
     record["peak_gpu_memory_source"] = found.peak_gpu_memory_source
     record["disturbances"] += found.invalid
     record["gpu"] = found.to_dict()
+
+
+def add_rank_readings(
+    ranks: dict[str, Any], trace: Trace, found: GpuReadings
+) -> tuple[float | None, str | None]:
+    """Each rank's energy in training and memory, its device's; the sum of the energy, or why not.
+
+    The windows are those of rank 0: the ranks train in step. Memory is the device's growth, as NVML
+    is asked for one process only.
+    """
+    identities = [(d.uuid, d.parent_uuid) for d in trace.devices]
+    why = None
+    for rank in ranks["each"]:
+        at = None if rank["device_uuid"] is None else find_uuid(identities, rank["device_uuid"])
+        phases = {} if at is None else found.devices[at].phases
+        rank["energy_j"] = phases["train"].energy_j if phases else None
+        peaks = [phases[n].nvml_device_peak_bytes for n in HEADLINE_PHASES if n in phases]
+        rank["nvml_device_peak_bytes"] = max((p for p in peaks if p is not None), default=None)
+        if rank["energy_j"] is None and why is None:
+            reason = phases["train"].reasons.get("energy_j") if phases else "was not watched"
+            why = f"the GPU of rank {rank['rank']}: {reason}"
+    for name in ("energy_j", "nvml_device_peak_bytes"):
+        values = [rank[name] for rank in ranks["each"]]
+        known = None not in values
+        ranks["max"][name] = max(values) if known else None
+        ranks["sum"][name] = sum(values) if known else None
+    return ranks["sum"]["energy_j"], why
 
 
 def add_infer_gpu_readings(record: dict[str, Any], trace: Trace) -> None:

@@ -135,7 +135,9 @@ def work_values(
         flops = round(flops_per_token * sum(padded for _, padded in timed))
         rates = {"train_flops": flops, "flops_per_s": flops / train.seconds}
         if peak_flops_per_s is not None:
-            rates["mfu_ratio"] = flops / train.seconds / peak_flops_per_s
+            # a CPU's rate is that of all its cores, which the ranks share
+            devices = 1 if train.torch_peak_allocated_bytes is None else case.settings.processes
+            rates["mfu_ratio"] = flops / train.seconds / (devices * peak_flops_per_s)
     return {
         **rates,
         "other_cpu_ratio": other_cpu_ratio(train),

@@ -304,7 +304,7 @@ class Child:
         if len(self._ranks) == 1:
             return stopped[0]
         deadline = time.monotonic() + _LAST_WORDS_S
-        while (left_s := deadline - time.monotonic()) > 0 and len(stopped) < len(self._ranks):
+        while (left_s := deadline - time.monotonic()) > 0 and not all(e.done for e in self._ranks):
             for rank in self._heard(left_s):
                 message = self._message(rank)
                 if isinstance(message, Outcome):

@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 from bench_run import bench, cases, finish, read, rows, start
 from test_lifecycle import LONG, assert_nothing_left, child_of, family, wait_for
 
+from peftbench import values
 from peftbench.case import Case, Settings, check_settings
 from peftbench.data.task import TokenPair
 from peftbench.errors import UserError
+from peftbench.measuring.gpu import PhaseReadings
 from peftbench.measuring.phases import PhaseReading
 from peftbench.preflight import impossible
 from peftbench.ranks import Ranks
+from peftbench.rounds import add_rank_readings
 from peftbench.show import record_lines
 from peftbench.training import nll_weight
 from peftbench.values import RankReading, rank_values, without_ranks
@@ -202,6 +207,42 @@ def test_scaling_is_measured_on_the_steps_that_both_made():
     found = rank_values([rank(0, 1.0, 7), rank(1, 1.0, 5)], together, alone, 1)
     # of 1.8 / (2 x 1), 3 / (2 x 2) and 2 / (2 x 4) the median
     assert found["scaling_efficiency_ratio"] == pytest.approx(0.75)
+
+
+def gpu_phases(energy_j: float | None, peak: int) -> dict[str, PhaseReadings]:
+    reasons = {} if energy_j is not None else {"energy_j": "no counter"}
+    return {"train": PhaseReadings(9, None, peak, energy_j, None, reasons),
+            "load": PhaseReadings(9, None, 99, 7.0, None, {})}  # fmt: skip
+
+
+@pytest.mark.parametrize(("energies", "summed"), [((30.0, 12.0), 42.0), ((30.0, None), None)])
+def test_the_energy_of_a_case_is_that_of_all_its_ranks(energies, summed):
+    trace = SimpleNamespace(
+        devices=[SimpleNamespace(uuid=f"GPU-{name}", parent_uuid=None) for name in "xba"]
+    )
+    phases = [gpu_phases(1000.0, 1), gpu_phases(energies[1], 5), gpu_phases(energies[0], 8)]
+    found = SimpleNamespace(devices=[SimpleNamespace(phases=p) for p in phases])
+    each = [asdict(replace(rank(n, 1.0, 7), device_uuid=uuid)) for n, uuid in enumerate("ab")]
+    ranks = {"each": each, "max": {}, "sum": {}}
+    total, why = add_rank_readings(ranks, trace, found)
+    assert total == summed == ranks["sum"]["energy_j"]
+    assert why == (None if summed else "the GPU of rank 1: no counter")
+    assert [r["energy_j"] for r in each] == list(energies)
+    assert ranks["max"]["nvml_device_peak_bytes"] == 8  # of training, not of loading
+    assert ranks["sum"]["nvml_device_peak_bytes"] == 13
+
+
+def test_the_utilisation_is_that_of_all_gpus(monkeypatch):
+    def ratio(processes: int, gpu_bytes: int | None) -> float:
+        train = PhaseReading(2.0, 0.0, 1, gpu_bytes, None, 1.5, 0.0, None)
+        phases = SimpleNamespace(readings={"train": train})
+        case = Case("tiny-gpt2", "lora", "sft", Settings(processes=processes))
+        return values.work_values(phases, None, case, None, 3.0, 100.0)["mfu_ratio"]
+
+    monkeypatch.setattr(values, "micro_batch_tokens", lambda *_: ([], [(5, 8)]))
+    # 8 tokens of 3 operations in 2 s, of 100 operations a second
+    assert ratio(1, 4) == ratio(2, None) == pytest.approx(0.12)
+    assert ratio(2, 4) == pytest.approx(0.06)
 
 
 def test_what_cannot_be_shared_is_one_line():
