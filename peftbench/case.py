@@ -268,6 +268,11 @@ def check_ppo(settings: Settings) -> None:
             f"ppo_minibatch_size is {minibatch}; it must be a multiple of gradient_accumulation"
             f" {settings.gradient_accumulation}"
         )
+    if settings.ppo_micro_batch % settings.processes:
+        raise UserError(
+            f"PPO's micro-batch is {settings.ppo_micro_batch} (ppo_minibatch_size, or batch_size);"
+            f" it must be a multiple of processes, which is {settings.processes}: they share it"
+        )
     if settings.ppo_updates <= settings.ppo_warmup_updates:
         raise UserError(
             f"{settings.pairs} pairs are {settings.ppo_updates} PPO updates of"

@@ -183,7 +183,9 @@ def run_round(
     # At the very end: it takes as much memory and time as a step, and moves no number.
     flops = flops_per_token(model, case, task, training, tokenizer)
     # after all that asks for the model, as it goes on training it
-    alone_s = None if place.count == 1 else steps_alone_s(model, case, task)
+    scaling = None
+    if place.count > 1:
+        scaling = steps_alone_s(model, case, task, training, tokenizer)
     phases.leave()
     phases.check_sum()
 
@@ -229,7 +231,7 @@ def run_round(
         "data_digest": task.digest,
         "phases": {name: asdict(reading) for name, reading in phases.readings.items()},
         "compilation": training.compilation,
-        "ranks": values.rank_values(readings, training.step_s, alone_s, settings.warmup_steps),
+        "ranks": values.rank_values(readings, scaling),
         "shared_prompts": training.shared_prompts,
         "losses": training.losses,
         "step_s": training.step_s,
@@ -408,11 +410,24 @@ def train(
         return replace(done, compilation=compilation.described())
 
 
-def steps_alone_s(model: Any, case: Case, task: TokenTask) -> list[float]:
-    """Seconds of the first steps made by one rank alone: what its scaling is measured against."""
-    from peftbench import training
+def steps_alone_s(
+    model: Any, case: Case, task: TokenTask, training: Training, tokenizer: Any
+) -> tuple[list[float], list[float]]:
+    """Seconds of the timed steps, or PPO's updates, of all ranks; and when one makes the first of
+    them alone: what its scaling is measured against."""
+    from peftbench import ppo_training
+    from peftbench.training import alone_step_s
 
-    return training.alone_step_s(model, task, case.settings, stages(case.method)[-1])
+    settings = case.settings
+    if training.ppo is None:
+        alone_s = alone_step_s(model, task, settings, stages(case.method)[-1])
+        return training.step_s[settings.warmup_steps :], alone_s[settings.warmup_steps :]
+    alone_s = ppo_training.alone_update_s(
+        model, training.ppo.roles, task, settings, eos_id_of(model, tokenizer)
+    )
+    together_s = ppo_training.update_s(training.ppo.history)
+    warmup = settings.ppo_warmup_updates
+    return together_s[warmup:], alone_s[warmup:]
 
 
 def eos_id_of(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> int | None:

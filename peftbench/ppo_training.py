@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftbench import rollout
-from peftbench.batches import Batch, collate
+from peftbench import ranks, rollout
+from peftbench.batches import Batch, collate, token_counts
 from peftbench.compiling import Compilation, decoder_layers
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.errors import InvalidTrainingError, UserError
@@ -28,10 +28,12 @@ from peftbench.measuring.phases import synchronize
 from peftbench.methods import ppo
 from peftbench.methods.reward import check_finite, check_shape
 from peftbench.ppo_roles import Roles, score_tokens, score_values
+from peftbench.ranks import Ranks
 from peftbench.rollout import Rollout
 from peftbench.training import (
     Gate,
     Keeper,
+    SilentGate,
     StepClock,
     Training,
     TrainingState,
@@ -51,6 +53,9 @@ ADAM_EPS = 1e-5  # source: N implementation details of RLHF with PPO, detail 28
 RATIO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 # And the mean log-probability of a drawn token, at sampling with its cache, from the scored one.
 SAMPLING_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
+
+
+ALONE_UPDATES = 2  # beside the warm-up
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,7 @@ class PPO:
             self.parameters += list(roles.value_head.parameters())
         if roles.value_model is not None:
             self.parameters += roles.value_model.own_parameters()
+        self.own = ranks.current()  # each samples and learns its share of every micro-batch
         self.updates = settings.ppo_updates
         self.micro_batch = settings.ppo_micro_batch
         self.optimizer = build_optimizer(
@@ -180,7 +186,10 @@ class PPO:
         })  # fmt: skip
 
     def roll_out(self, index: int) -> Rollout:
-        """Sample one completion for each of the next prompts; the seed is the update's own."""
+        """Sample one completion for each of the next prompts; the seed is the update's own.
+
+        Of several ranks each samples a share, and all have all episodes.
+        """
         settings, size = self.settings, self.settings.ppo_batch_size
         prompts = [p.prompt for p in self.task.train[index * size : (index + 1) * size]]
         self.generator.manual_seed(settings.seed * 100_003 + index)
@@ -188,11 +197,14 @@ class PPO:
         self.eager_model.eval()
         with torch.no_grad(), self.autocast():
             sampled = rollout.sample(
-                self.eager_model, prompts, settings.completion_length, settings.ppo_temperature,
-                self.eos_id, self.generator, self.step_width,
+                self.eager_model, self.own.share_of(prompts), settings.completion_length,
+                settings.ppo_temperature, self.eos_id, self.generator, self.step_width, self.own,
             )  # fmt: skip
         self.eager_model.train(was_training)
-        return sampled
+        if self.own.count == 1:
+            return sampled
+        on_host = replace(sampled, ended=sampled.ended.cpu(), logprobs=sampled.logprobs.cpu())
+        return rollout.joined(ranks.gathered(on_host), self.device)
 
     def orders(self, index: int) -> list[list[int]]:
         """The episodes' order in each epoch of an update."""
@@ -219,7 +231,8 @@ class PPO:
         chunks = [
             order[at : at + self.micro_batch] for at in range(0, len(order), self.micro_batch)
         ]
-        for rows in reversed(chunks):
+        for chunk in reversed(chunks):
+            rows = self.own.share_of(chunk)
             picked = torch.tensor(rows, device=self.device)
             batch = self.collate([pairs[i] for i in rows])
             width = batch.completion_length
@@ -231,7 +244,7 @@ class PPO:
                     scores[picked] = roles.reward_model.scores(batch)
                 if self.eager_value is not None:
                     values[picked, :width] = score_values(self.eager_value, batch)
-            is_kept = rows is chunks[0]
+            is_kept = chunk is chunks[0]
             with torch.set_grad_enabled(is_kept), self.autocast():
                 logprobs, found, logits = self.policy(batch, eager=not is_kept)
             old[picked, :width] = logprobs.detach()
@@ -241,7 +254,11 @@ class PPO:
             for row_logits, counts in zip(logits.detach(), batch.completion_mask, strict=True):
                 entropy += (ppo.entropy(row_logits) * counts).sum()
             del logits
-        kept = Kept(chunks[0], logprobs, found)
+        kept = Kept(rows, logprobs, found)
+        # what is another rank's is 0 here
+        old, values, reference, scores, entropy = map(
+            ranks.total, (old, values, reference, scores, entropy)
+        )
         if roles.reward_model is not None and index == 0:
             # the policy has not moved: these are samples of the reference
             scores = roles.reward_model.normalise(scores)
@@ -319,6 +336,7 @@ class PPO:
                 self.optimizer.zero_grad(set_to_none=True)
                 first = None if sums else kept
                 sums.append(self.minibatch(experience, order[at : at + minibatch], counts, first))
+                ranks.add_gradients(self.parameters)
                 if not self.losses and len(sums) == 1:
                     self.check_gradients()
                 if settings.max_grad_norm > 0:
@@ -327,7 +345,9 @@ class PPO:
                 self.schedule.step()
                 self.clock.mark()
         self.micro_batch_tokens.append(counts)
-        steps = torch.stack(sums).tolist()  # waits for the device
+        table = torch.stack(sums)
+        table = torch.cat([ranks.total(table[:, :4]), ranks.largest(table[:, 4:])], dim=1)
+        steps = table.tolist()  # waits for the device
         self.check_first_minibatch(steps[0])
         columns = [math.fsum(column) / len(steps) for column in zip(*steps, strict=True)]
         losses = [step[0] + settings.ppo_value_coef * step[1] for step in steps]
@@ -345,16 +365,21 @@ class PPO:
         counts: list[tuple[int, int]],
         kept: Kept | None,
     ) -> torch.Tensor:
-        """Gradients of one minibatch; (5,) policy loss, value loss, k3 of old and new, share of
-        clipped tokens, and the largest |log ratio|. `kept` is its first micro-batch, if scored."""
+        """Gradients of this rank's share of a minibatch; (5,) policy loss, value loss, k3 of old
+        and new, share of clipped tokens, and the largest |log ratio|. `kept` is its first
+        micro-batch, if scored."""
         settings, size = self.settings, self.micro_batch
         tokens = sum(len(experience.pairs[i].chosen) for i in order)
         total = torch.zeros(5, device=self.device)
         for at in range(0, len(order), size):
-            rows = order[at : at + size]
+            shares = [
+                Ranks(rank, self.own.count).share_of(order[at : at + size])
+                for rank in range(self.own.count)
+            ]
+            read = [token_counts([experience.pairs[i] for i in rows], "chosen") for rows in shares]
+            counts.append((sum(real for real, _ in read), sum(padded for _, padded in read)))
+            rows = shares[self.own.rank]
             batch = self.collate([experience.pairs[i] for i in rows])
-            counts.append((int(sum(len(experience.pairs[i].prompt) + len(experience.pairs[i].chosen)
-                                   for i in rows)), batch.input_ids.numel()))  # fmt: skip
             width, mask = batch.completion_length, batch.completion_mask
             picked = torch.tensor(rows, device=self.device)
             old, old_values, advantages, returns = (
@@ -418,6 +443,26 @@ class PPO:
     def autocast(self) -> Any:
         bf16 = self.settings.dtype == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+
+
+def update_s(history: list[dict[str, float | int | None]]) -> list[float]:
+    """Seconds of each update, its rollout and scoring included."""
+    parts = ("rollout_s", "score_s", "update_s")
+    return [math.fsum(row[name] or 0.0 for name in parts) for row in history]
+
+
+def alone_update_s(
+    model: Any, roles: Roles, task: TokenTask, settings: Settings, eos_id: int | None
+) -> list[float]:
+    """Seconds of a training's first updates when this process makes them alone.
+
+    Trains the model in place. The warm-up is that of the settings.
+    """
+    updates = min(settings.ppo_updates, settings.ppo_warmup_updates + ALONE_UPDATES)
+    few = replace(settings, processes=1, pairs=updates * settings.ppo_batch_size, time_budget_s=0.0)
+    done = train(model, roles, task, few, eos_id, SilentGate())
+    assert done.ppo is not None
+    return update_s(done.ppo.history)
 
 
 @masks_from_lengths()

@@ -12,7 +12,6 @@ from peftbench.data import assets
 from peftbench.data.loading import check_data, check_lengths
 from peftbench.errors import UserError
 from peftbench.harness import check_tasks
-from peftbench.methods import uses_ppo
 from peftbench.models import check_model, find_model, has_biases, model_context
 from peftbench.provenance import torch_cuda_version
 from peftbench.trl_engine import check_trl
@@ -75,8 +74,8 @@ def impossible(case: Case) -> str | None:
     if case.adapter == "bitfit" and not has_biases(case.model):
         return f"{case.model} has no biases, and bitfit trains nothing else; use ln or lora-bias"
     if settings.processes > 1:
-        if uses_ppo(case.method) or settings.engine == "trl":
-            return "--processes is so far the native engine's, and not for PPO"
+        if settings.engine == "trl":
+            return "--processes is so far the native engine's alone"
         if settings.compile != "none":
             return "--compile beside --processes is not there yet: choose one"
     if settings.compile != "none":

@@ -1,7 +1,8 @@
 """A case over several processes: which rank this one is, what it reads, and what all know together.
 
 `--processes N` starts N training children, the ranks. Each holds the whole model and reads its
-share of every micro-batch; DistributedDataParallel, through accelerate, averages their gradients.
+share of every micro-batch; DistributedDataParallel, through accelerate, averages their gradients
+(PPO and its reward model add theirs up here).
 Everything but the training is rank 0's, whose record the round's is. Outside such a case there is
 one rank, and nothing here does anything.
 """
@@ -103,9 +104,36 @@ def meet() -> None:
 def mean(values: torch.Tensor) -> torch.Tensor:
     """The mean over the ranks, of each element."""
     if distributed.is_initialized():
-        distributed.all_reduce(values)
-        values = values / distributed.get_world_size()
+        values = total(values) / distributed.get_world_size()
     return values
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks, of each element."""
+    if distributed.is_initialized():
+        values = values.contiguous()
+        distributed.all_reduce(values)
+    return values
+
+
+def largest(values: torch.Tensor) -> torch.Tensor:
+    """The largest of the ranks', of each element."""
+    if distributed.is_initialized():
+        values = values.contiguous()
+        distributed.all_reduce(values, distributed.ReduceOp.MAX)
+    return values
+
+
+def add_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Make every gradient the sum of the ranks'. For losses whose mean is over all ranks' tokens,
+    and models with more passes a step than DistributedDataParallel follows."""
+    if not distributed.is_initialized():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    summed = total(torch.cat([g.flatten() for g in gradients]))
+    parts = torch.split(summed, [g.numel() for g in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def gathered(value: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftbench import adapters
+from peftbench import adapters, ranks
 from peftbench.batches import Batch, collate
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.methods.reward import bradley_terry_loss, normalisation
@@ -103,14 +103,16 @@ def train_reward_model(model: ScalarModel, task: TokenTask, settings: Settings) 
     schedule = build_schedule(optimizer, settings, steps)
     bf16 = settings.dtype == "bfloat16"
     losses: list[torch.Tensor] = []
+    own = ranks.current()
     model.train()
     for step in range(steps):
-        pairs = task.train[step * settings.batch_size : (step + 1) * settings.batch_size]
+        pairs = own.share_of(task.train[step * settings.batch_size :][: settings.batch_size])
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             chosen, rejected = model.scores(collate(pairs, "both", device)).chunk(2)
-        loss = bradley_terry_loss(chosen, rejected)
+        loss = bradley_terry_loss(chosen, rejected) / own.count  # the mean over all pairs
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
+        ranks.add_gradients(parameters)
         if settings.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
@@ -119,7 +121,7 @@ def train_reward_model(model: ScalarModel, task: TokenTask, settings: Settings) 
     optimizer.zero_grad(set_to_none=True)
     model.requires_grad_(False)
     model.eval()
-    return [float(loss) for loss in losses]
+    return ranks.total(torch.stack(losses)).tolist()
 
 
 def pair_accuracy(model: ScalarModel, pairs: Sequence[TokenPair], batch_size: int) -> float:

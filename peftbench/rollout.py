@@ -19,6 +19,7 @@ from peftbench.adapters import inner_model
 from peftbench.batches import last_columns
 from peftbench.compiling import compile_layers
 from peftbench.data.task import TokenPair
+from peftbench.ranks import ALONE, Ranks
 
 # With so few rows on a CPU a product is as long as the reading of its weight, and which side of it
 # the weight is on matters: at 8 rows (W x^T)^T reads 1.2 to 1.6 times faster than x W^T.
@@ -52,12 +53,14 @@ def sample(
     eos_id: int,
     generator: torch.Generator,
     compiled_width: int = 0,
+    own: Ranks = ALONE,
 ) -> Rollout:
     """One completion a prompt, of at most `length` tokens, each drawn from softmax(logits / t).
 
     The caller has the model in eval mode without gradients. A GPU is waited for once, at the end.
     `compiled_width`: compile the layers of a token step, whose cache then holds so many tokens from
     the start, at least the longest prompt's and `length`; 0: eager, with a cache that grows.
+    `own`: these prompts are this rank's share, whose draws are those that one process would make.
     """
     device = next(model.parameters()).device
     ids, mask = pad_left(prompts, device)
@@ -83,7 +86,7 @@ def sample(
     tokens, logprobs = [], []
     for t in range(length):
         row = torch.log_softmax(out.logits[:, -1].float() / temperature, -1)
-        drawn = draw(row, generator)
+        drawn = draw(row, generator, own)
         tokens.append(drawn.masked_fill(finished.unsqueeze(-1), -1))
         logprobs.append(row.gather(-1, drawn).masked_fill(finished.unsqueeze(-1), 0.0))
         finished = finished | (drawn.squeeze(-1) == eos_id)
@@ -104,16 +107,34 @@ def sample(
     )
 
 
-def draw(logprobs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def joined(shares: Sequence[Rollout], device: torch.device) -> Rollout:
+    """What the ranks have sampled, in their order, as one process would have it."""
+    width = max(share.logprobs.shape[1] for share in shares)
+    return Rollout(
+        [prompt for share in shares for prompt in share.prompts],
+        [completion for share in shares for completion in share.completions],
+        torch.cat([share.ended for share in shares]).to(device),
+        torch.cat([
+            torch.nn.functional.pad(share.logprobs, (0, width - share.logprobs.shape[1]))
+            for share in shares
+        ]).to(device),
+    )  # fmt: skip
+
+
+def draw(logprobs: torch.Tensor, generator: torch.Generator, own: Ranks = ALONE) -> torch.Tensor:
     """(B, 1) indices drawn from (B, V) log-probabilities, by the inverse of their sum.
+
+    A rank makes the random numbers of all and takes its own.
 
     In float64, where no token is too unlikely to be drawn. `torch.multinomial` makes a random
     number for each of the V: at 8 x 49,152 it takes 15 ms on a CPU, this 1.
     """
     sums = logprobs.double().exp().cumsum(-1)
-    at = torch.rand(
-        (len(sums), 1), dtype=torch.float64, device=sums.device, generator=generator
-    ) * sums[:, -1:]  # fmt: skip
+    rows = len(sums)
+    random = torch.rand(
+        (rows * own.count, 1), dtype=torch.float64, device=sums.device, generator=generator
+    )  # fmt: skip
+    at = random[own.rank * rows : (own.rank + 1) * rows] * sums[:, -1:]
     # the first index whose sum is above: never one of probability 0
     return torch.searchsorted(sums, at, right=True).clamp(max=sums.shape[1] - 1)
 

@@ -245,20 +245,18 @@ RANK_QUANTITIES = (
 
 
 def rank_values(
-    ranks: list[RankReading],
-    step_s: list[float],
-    alone_step_s: list[float] | None,
-    warmup_steps: int,
+    ranks: list[RankReading], scaling: tuple[list[float], list[float]] | None
 ) -> dict[str, Any] | None:
     """Memory of each rank, the largest and the sum; None of a case that one process trains.
 
-    `scaling_efficiency_ratio` is what one rank takes alone for a step over the same step's time of
-    all, times their number: the median of the steps that both made after the warm-up. 1 is perfect.
+    `scaling` is seconds of the timed steps: of all ranks, and of one alone for the first of them.
+    `scaling_efficiency_ratio` is what one takes alone over what all take, times their number: the
+    median over the steps that both made. 1 is perfect.
     """
-    if alone_step_s is None:
+    if scaling is None:
         return None
-    pairs = list(zip(alone_step_s, step_s, strict=False))[warmup_steps:]
-    efficiencies = sorted(alone / (len(ranks) * together) for alone, together in pairs)
+    pairs = zip(*scaling, strict=False)
+    efficiencies = sorted(alone / (len(ranks) * together) for together, alone in pairs)
     found: dict[str, Any] = {"each": [asdict(rank) for rank in ranks], "max": {}, "sum": {},
                              "scaling_efficiency_ratio": quantile(efficiencies, 0.5)}  # fmt: skip
     for name in RANK_QUANTITIES:

@@ -9,17 +9,19 @@ from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from bench_run import bench, cases, finish, read, rows, start
 from test_lifecycle import LONG, assert_nothing_left, child_of, family, wait_for
 
-from peftbench import values
-from peftbench.case import Case, Settings, check_settings
+from peftbench import rollout, values
+from peftbench.case import Case, Settings, check_ppo, check_settings
 from peftbench.data.task import TokenPair
 from peftbench.errors import UserError
 from peftbench.measuring.gpu import PhaseReadings
 from peftbench.measuring.phases import PhaseReading
 from peftbench.preflight import impossible
 from peftbench.ranks import Ranks
+from peftbench.rollout import Rollout, draw
 from peftbench.rounds import add_rank_readings
 from peftbench.show import record_lines
 from peftbench.training import nll_weight
@@ -27,7 +29,7 @@ from peftbench.values import RankReading, rank_values, without_ranks
 from peftbench.worker import LOST_RANK, Child, Outcome
 
 RAGGED = ["--pairs", "64", "--prompt-length", "60", "--completion-length", "60",
-          "--gradient-accumulation", "2"]  # fmt: skip
+          "--gradient-accumulation", "2", "--ppo-batch-size", "16"]  # fmt: skip
 
 
 def test_ranks_share_a_batch_in_its_order():
@@ -86,8 +88,8 @@ def assert_alike(one: dict, two: dict) -> None:
 
 def test_two_processes_learn_what_one_does(tmp_path):
     found = compared(tmp_path, "--models", "tiny-gpt2", "--adapters", "lora",
-                     "--methods", "sft,orpo,sft+dpo")  # fmt: skip
-    assert len(found) == 3
+                     "--methods", "sft,orpo,sft+dpo,sft+ppo")  # fmt: skip
+    assert len(found) == 4
     for one, two in found.values():
         assert_alike(one, two)
 
@@ -97,11 +99,44 @@ def test_two_processes_learn_what_one_does(tmp_path):
 def test_two_processes_learn_what_one_does_with_every_adapter(tmp_path, model):
     adapters = "lora,qlora,ia3,prefix,full,dora,vera,rslora,pissa,ln,lora-bias,prompt"
     found = compared(
-        tmp_path, "--models", model, "--methods", "sft,dpo,orpo", "--adapters", adapters
+        tmp_path, "--models", model, "--methods", "sft,dpo,orpo,ppo", "--adapters", adapters
     )
-    assert len(found) >= 33
+    assert len(found) >= 44
     for one, two in found.values():
         assert_alike(one, two)
+
+
+@pytest.mark.verify
+def test_two_processes_learn_what_one_does_with_a_value_adapter(tmp_path):
+    found = compared(tmp_path, "--models", "tiny-llama", "--methods", "ppo,sft+ppo", "--adapters",
+                     "lora,full", "--value", "adapter")  # fmt: skip
+    assert len(found) == 4
+    for one, two in found.values():
+        assert_alike(one, two)
+
+
+def test_ranks_draw_what_one_process_would():
+    logprobs = torch.log_softmax(torch.randn(6, 50, generator=torch.Generator().manual_seed(1)), -1)
+
+    def drawn(rows: torch.Tensor, own: Ranks) -> list[int]:
+        return draw(rows, torch.Generator().manual_seed(7), own).flatten().tolist()
+
+    whole = drawn(logprobs, Ranks())
+    assert len(set(whole)) > 2
+    shares = [drawn(logprobs[2 * r : 2 * r + 2], Ranks(r, 3)) for r in range(3)]
+    assert [token for share in shares for token in share] == whole
+
+
+def test_the_ranks_completions_are_one_rollout():
+    shares = [
+        Rollout([(1, 2)], [(3,)], torch.tensor([True]), torch.tensor([[-1.0]])),
+        Rollout([(4,)], [(5, 6)], torch.tensor([False]), torch.tensor([[-2.0, -3.0]])),
+    ]
+    found = rollout.joined(shares, torch.device("cpu"))
+    assert found.prompts == [(1, 2), (4,)]
+    assert found.completions == [(3,), (5, 6)]
+    assert found.ended.tolist() == [True, False]
+    assert found.logprobs.tolist() == [[-1.0, 0.0], [-2.0, -3.0]]
 
 
 def test_a_killed_rank_is_named_and_nothing_stays_behind(tmp_path):
@@ -195,16 +230,16 @@ def test_other_ranks_are_not_other_processes():
 
 
 def test_what_one_rank_cannot_tell_has_no_sum():
-    found = rank_values([rank(0, 1.0, 7), rank(1, 1.0, 5)], [9.0, 2.0], [9.0, 3.0], 1)
+    found = rank_values([rank(0, 1.0, 7), rank(1, 1.0, 5)], ([3.0], [2.0]))
     assert found["max"]["host_peak_rss_bytes"] == 7
     assert found["sum"]["host_peak_rss_bytes"] == 12
     assert found["sum"]["torch_peak_allocated_bytes"] is None
-    assert rank_values([rank(0, 1.0, 7)], [9.0, 2.0], None, 1) is None
+    assert rank_values([rank(0, 1.0, 7)], None) is None
 
 
 def test_scaling_is_measured_on_the_steps_that_both_made():
-    together, alone = [9.0, 1.0, 2.0, 4.0, 0.1], [5.0, 1.8, 3.0, 2.0]
-    found = rank_values([rank(0, 1.0, 7), rank(1, 1.0, 5)], together, alone, 1)
+    together, alone = [1.0, 2.0, 4.0, 0.1], [1.8, 3.0, 2.0]
+    found = rank_values([rank(0, 1.0, 7), rank(1, 1.0, 5)], (together, alone))
     # of 1.8 / (2 x 1), 3 / (2 x 2) and 2 / (2 x 4) the median
     assert found["scaling_efficiency_ratio"] == pytest.approx(0.75)
 
@@ -251,10 +286,13 @@ def test_what_cannot_be_shared_is_one_line():
     with pytest.raises(UserError, match="processes is 0; it must be at least 1"):
         check_settings(Settings(processes=0))
     for method, changed in (
-        ("ppo", {}),
         ("sft", {"engine": "trl"}),
         ("sft", {"compile": "layers"}),
     ):
         case = Case("tiny-gpt2", "lora", method, Settings(processes=2, **changed))
         assert "--processes" in str(impossible(case))
-    assert impossible(Case("tiny-gpt2", "lora", "sft+dpo", Settings(processes=2))) is None
+    with pytest.raises(
+        UserError, match=r"PPO's micro-batch is 4 .* multiple of processes, which is 3"
+    ):
+        check_ppo(Settings(processes=3, batch_size=4))
+    assert impossible(Case("tiny-gpt2", "lora", "sft+ppo", Settings(processes=2))) is None
