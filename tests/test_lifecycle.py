@@ -182,7 +182,9 @@ def test_each_way_to_end_has_its_status_and_leaves_nothing_behind(tmp_path, tmp_
     left = {f.name.partition("_")[0] for f in temporary.iterdir()}
     assert left <= {"torchinductor"}
     assert list(tmp_path.rglob(".tmp-*")) == []
-    assert set(Path("/dev/shm").iterdir()) <= semaphores
+    # a run of a test beside this one has some for a while; one that is left behind stays
+    new = set(Path("/dev/shm").iterdir()) - semaphores
+    wait_for(lambda: not any(file.exists() for file in new), 90)
     assert (
         str(tmp_path)
         not in subprocess.run(
