@@ -136,6 +136,7 @@ def run_round(
     phases.enter("prepare")
     with ranks.joined(place, device):
         training = train(model, plain, case, task, tokenizer, Gate(phases, parent))
+        ranks.check_alike([p for p in model.parameters() if p.requires_grad])
         readings = ranks.gathered(values.rank_reading(place.rank, phases, device_uuid(device)))
     if place.rank > 0:
         return None
@@ -415,12 +416,13 @@ def steps_alone_s(
 ) -> tuple[list[float], list[float]]:
     """Seconds of the timed steps, or PPO's updates, of all ranks; and when one makes the first of
     them alone: what its scaling is measured against."""
-    from peftbench import ppo_training
-    from peftbench.training import alone_step_s
+    from peftbench import ppo_training, trl_engine
+    from peftbench import training as native
 
     settings = case.settings
     if training.ppo is None:
-        alone_s = alone_step_s(model, task, settings, stages(case.method)[-1])
+        train = trl_engine.train if settings.engine == "trl" else native.train
+        alone_s = native.alone_step_s(train, model, task, settings, stages(case.method)[-1])
         return training.step_s[settings.warmup_steps :], alone_s[settings.warmup_steps :]
     alone_s = ppo_training.alone_update_s(
         model, training.ppo.roles, task, settings, eos_id_of(model, tokenizer)

@@ -37,6 +37,7 @@ from peftbench.training import (
     StepClock,
     Training,
     TrainingState,
+    budget_is_spent,
     build_optimizer,
     build_schedule,
     gradient_bytes,
@@ -540,7 +541,7 @@ def train(
             state.report(kept)
             keeper.step_done(kept)
         timed = index >= settings.ppo_warmup_updates
-        if timed and 0 < settings.time_budget_s <= time.perf_counter() - started_s:
+        if timed and budget_is_spent(settings, started_s, state.device):
             break
     synchronize(state.device)
     gate.trained()

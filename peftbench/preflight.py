@@ -73,11 +73,6 @@ def impossible(case: Case) -> str | None:
         return "prefix tuning feeds its prefix as a cache, which gradient checkpointing turns off"
     if case.adapter == "bitfit" and not has_biases(case.model):
         return f"{case.model} has no biases, and bitfit trains nothing else; use ln or lora-bias"
-    if settings.processes > 1:
-        if settings.engine == "trl":
-            return "--processes is so far the native engine's alone"
-        if settings.compile != "none":
-            return "--compile beside --processes is not there yet: choose one"
     if settings.compile != "none":
         if settings.engine == "trl":
             return "--compile is the native engine's: TRL's trainers have settings of their own"

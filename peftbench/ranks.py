@@ -32,7 +32,7 @@ class Ranks:
     rank: int = 0
     count: int = 1
     store: str = ""  # the file through which they meet
-    patience_s: float = 300.0  # how long one waits for the others
+    patience_s: float = 0.0  # how long one waits for the others
 
     def share_of(self, rows: Sequence[T]) -> list[T]:
         """The rows of this rank: equally many for each, in their order."""
@@ -103,9 +103,7 @@ def meet() -> None:
 
 def mean(values: torch.Tensor) -> torch.Tensor:
     """The mean over the ranks, of each element."""
-    if distributed.is_initialized():
-        values = total(values) / distributed.get_world_size()
-    return values
+    return total(values) / current().count
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
@@ -134,6 +132,21 @@ def add_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     parts = torch.split(summed, [g.numel() for g in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def check_alike(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Raise RuntimeError unless all ranks have left the same trained weights.
+
+    They start from the same ones and step by the same gradients: to the last bit.
+    """
+    sums = torch.stack([p.detach().double().sum() for p in parameters]).cpu()
+    for rank, others in enumerate(gathered(sums)):
+        if not torch.equal(others.nan_to_num(), sums.nan_to_num()):
+            apart = (others - sums).abs().max()
+            raise RuntimeError(
+                f"the ranks have trained different weights: a sum of rank {rank}'s is {apart:.2g}"
+                f" from rank {current().rank}'s"
+            )
 
 
 def gathered(value: Any) -> list[Any]:

@@ -50,6 +50,14 @@ def measured(
     return out | {"null_reasons": nulls}
 
 
+def add_max_and_sum(ranks: dict[str, Any], name: str) -> None:
+    """Beside what each rank has of a quantity the largest and the sum; None where one has none."""
+    values = [rank[name] for rank in ranks["each"]]
+    known = None not in values
+    ranks["max"][name] = max(values) if known else None
+    ranks["sum"][name] = sum(values) if known else None
+
+
 def merge_rounds(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """One record of several rounds: each metric's median, all rounds kept under `rounds`.
 

@@ -12,7 +12,7 @@ from peftbench.measuring.gpu import GpuReadings, gpu_readings
 from peftbench.measuring.nvml import find_uuid
 from peftbench.measuring.sampler import Sampler, Trace
 from peftbench.metrics import HEADLINE_PHASES, VARIANTS, WINDOW, kind_of
-from peftbench.record import dumps, merge_rounds, write_atomically
+from peftbench.record import add_max_and_sum, dumps, merge_rounds, write_atomically
 from peftbench.session import Session
 from peftbench.worker import Child, Outcome, RoundStoppedError
 
@@ -81,10 +81,7 @@ def add_rank_readings(
             reason = phases["train"].reasons.get("energy_j") if phases else "was not watched"
             why = f"the GPU of rank {rank['rank']}: {reason}"
     for name in ("energy_j", "nvml_device_peak_bytes"):
-        values = [rank[name] for rank in ranks["each"]]
-        known = None not in values
-        ranks["max"][name] = max(values) if known else None
-        ranks["sum"][name] = sum(values) if known else None
+        add_max_and_sum(ranks, name)
     return ranks["sum"]["energy_j"], why
 
 

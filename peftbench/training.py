@@ -7,7 +7,7 @@ caller: the loop says where a phase ends through a `Gate`, with the device synch
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -366,11 +366,13 @@ def train(
         rehearsed = narrowest_and_widest(windows)
         compilation.add("policy", model, dynamic=len(rehearsed) > 1)
         for batch in rehearsed:
-            loss = batch_loss(
-                wrapped, batch, method, settings, window_tokens=windows[0].completion_tokens,
-                reference=torch.zeros(settings.batch_size, device=device),
-            )  # fmt: skip
-            accelerator.backward(loss)
+            # without the other ranks, which may have another number of shapes
+            with accelerator.no_sync(wrapped):
+                loss = batch_loss(
+                    wrapped, batch, method, settings, window_tokens=windows[0].completion_tokens,
+                    reference=torch.zeros(settings.batch_size // count, device=device),
+                )  # fmt: skip
+                accelerator.backward(loss)
         for parameter in trained:
             parameter.grad = None
         synchronize(device)
@@ -413,8 +415,7 @@ def train(
         state.step, state.tokens = step + 1, state.tokens + window.tokens
         if keeper is not None:
             keeper.step_done(state)
-        timed = step >= settings.warmup_steps
-        if timed and 0 < settings.time_budget_s <= time.perf_counter() - started_s:
+        if step >= settings.warmup_steps and budget_is_spent(settings, started_s, device):
             break
     synchronize(device)
     gate.trained()
@@ -432,7 +433,9 @@ def train(
 ALONE_STEPS = 8  # some of these are outside the clock
 
 
-def alone_step_s(model: Any, task: TokenTask, settings: Settings, method: str) -> list[float]:
+def alone_step_s(
+    engine: Callable[..., Training], model: Any, task: TokenTask, settings: Settings, method: str
+) -> list[float]:
     """Seconds of a training's first steps when this process makes them alone, with whole batches.
 
     Trains the model in place. The warm-up is that of the settings.
@@ -441,7 +444,17 @@ def alone_step_s(model: Any, task: TokenTask, settings: Settings, method: str) -
     steps = min(settings.steps, settings.warmup_steps + ALONE_STEPS)
     few = replace(settings, processes=1, pairs=steps * window, time_budget_s=0.0)
     short = replace(task, train=task.train[: few.pairs])
-    return train(model, short, few, method, SilentGate(), nullcontext()).step_s
+    return engine(model, short, few, method, SilentGate(), nullcontext()).step_s
+
+
+def budget_is_spent(settings: Settings, started_s: float, device: torch.device) -> bool:
+    """Whether the time budget is over: for all ranks at once, by the clock of the last."""
+    if settings.time_budget_s == 0:
+        return False
+    seconds = time.perf_counter() - started_s
+    if ranks.current().count > 1:
+        seconds = ranks.largest(torch.tensor(seconds, device=device)).item()
+    return seconds >= settings.time_budget_s
 
 
 def gradient_bytes(parameters: Iterable[torch.nn.Parameter]) -> int:

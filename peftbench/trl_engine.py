@@ -64,6 +64,9 @@ def train(
 
     The model comes back with its own forward, configuration and float32 adapter, in training mode.
     """
+    import torch
+
+    from peftbench import ranks
     from peftbench.measuring.phases import synchronize
     from peftbench.training import StepClock, Training, rates_of, state_bytes
 
@@ -81,10 +84,9 @@ def train(
         trainer.add_callback(callback)
         trainer.train()
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    window = settings.gradient_accumulation
-    steps = [losses[at : at + window] for at in range(0, len(losses), window)]
+    steps = torch.stack(losses).view(-1, settings.gradient_accumulation)
     return Training(
-        [float(sum(step)) for step in steps], clock.step_s(),
+        ranks.mean(steps.sum(1)).tolist(), clock.step_s(),
         callback.grad_bytes, state_bytes(trainer.optimizer),
         rates_of(trainer.lr_scheduler, len(steps)),
     )  # fmt: skip
@@ -177,11 +179,14 @@ def _token_trainer(base: Any, losses: list[torch.Tensor]) -> Any:
 
 def _arguments(model: Any, settings: Settings, method: str, folder: str) -> dict[str, Any]:
     """TRL's configuration of a case; every default of TRL that differs from ours is overridden."""
+    from peftbench import ranks
+
     device = next(model.parameters()).device
     values: dict[str, Any] = {
         "output_dir": folder,  # nothing is written, but a folder must be named
         "use_cpu": device.type == "cpu",
-        "per_device_train_batch_size": settings.batch_size,
+        # of several ranks each reads its share: accelerate deals the batches out in turn
+        "per_device_train_batch_size": settings.batch_size // ranks.current().count,
         "gradient_accumulation_steps": settings.gradient_accumulation,
         "max_steps": settings.steps,
         "learning_rate": settings.learning_rate,
@@ -262,21 +267,25 @@ def add_reference(
     """
     import torch
 
-    model, data = trainer.model, trainer.train_dataset
+    from peftbench import ranks
+
+    model, data, own = trainer.model, trainer.train_dataset, ranks.current()
     rows: list[torch.Tensor] = []
     with torch.no_grad(), reference, trainer.accelerator.autocast():
         for start in range(0, len(data), settings.batch_size):
-            pairs = data.select(range(start, start + settings.batch_size))
-            batch = trainer._prepare_inputs(trainer.data_collator(list(pairs)))
+            pairs = list(data.select(range(start, start + settings.batch_size)))
+            batch = trainer._prepare_inputs(trainer.data_collator(own.share_of(pairs)))
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
             logprobs = model(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
                 use_cache=False, labels=labels, fused_lm_head=True,
             ).log_probs  # fmt: skip
             rows.append(logprobs.float().sum(-1))
-    chosen, rejected = zip(*(row.chunk(2) for row in rows), strict=True)
-    for name, values in (("ref_chosen_logps", chosen), ("ref_rejected_logps", rejected)):
-        data = data.add_column(name, torch.cat(values).tolist())
+    # (batches, ranks, chosen or rejected, rows of a share): in the order of the data
+    table = torch.stack(ranks.gathered(torch.stack(rows).cpu()), 1)
+    table = table.view(len(rows), own.count, 2, -1)
+    for side, name in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
+        data = data.add_column(name, table[:, :, side].flatten().tolist())
     trainer.train_dataset = data
 
 

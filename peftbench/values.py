@@ -21,6 +21,7 @@ from peftbench.measuring.phases import PhaseReading, Phases
 from peftbench.methods import METHODS, uses_ppo
 from peftbench.metrics import HEADLINE_PHASES, PHASES
 from peftbench.ranks import Ranks
+from peftbench.record import add_max_and_sum
 from peftbench.training import Training
 
 if TYPE_CHECKING:
@@ -260,10 +261,7 @@ def rank_values(
     found: dict[str, Any] = {"each": [asdict(rank) for rank in ranks], "max": {}, "sum": {},
                              "scaling_efficiency_ratio": quantile(efficiencies, 0.5)}  # fmt: skip
     for name in RANK_QUANTITIES:
-        values = [getattr(rank, name) for rank in ranks]
-        known = None not in values
-        found["max"][name] = max(values) if known else None
-        found["sum"][name] = sum(values) if known else None
+        add_max_and_sum(found, name)
     return found
 
 

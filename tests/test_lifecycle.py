@@ -51,13 +51,14 @@ def wait_for(what: Callable[[], object], seconds: float = 120.0) -> object:
     raise AssertionError(f"nothing came of it within {seconds} s")
 
 
-def child_of(process: subprocess.Popen[str], case: str) -> int:
+def child_of(process: subprocess.Popen[str], case: str, log_end: str = ".log") -> int:
     """The pid of the child that runs a case: its standard output is the case's log."""
 
     def found() -> int | None:
         for pid in family(process.pid):
             with contextlib.suppress(OSError):
-                if Path(f"/proc/{pid}/fd/1").readlink().name.startswith(case):
+                name = Path(f"/proc/{pid}/fd/1").readlink().name
+                if name.startswith(case) and name.endswith(log_end):
                     return pid
         return None
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bench_run import bench, cases, finish, read, rows, start
-from test_lifecycle import LONG, assert_nothing_left, child_of, family, wait_for
+from test_lifecycle import LONG, assert_nothing_left, child_of, family
 
 from peftbench import rollout, values
 from peftbench.case import Case, Settings, check_ppo, check_settings
@@ -20,11 +20,11 @@ from peftbench.errors import UserError
 from peftbench.measuring.gpu import PhaseReadings
 from peftbench.measuring.phases import PhaseReading
 from peftbench.preflight import impossible
-from peftbench.ranks import Ranks
+from peftbench.ranks import Ranks, check_alike
 from peftbench.rollout import Rollout, draw
 from peftbench.rounds import add_rank_readings
 from peftbench.show import record_lines
-from peftbench.training import nll_weight
+from peftbench.training import budget_is_spent, nll_weight
 from peftbench.values import RankReading, rank_values, without_ranks
 from peftbench.worker import LOST_RANK, Child, Outcome
 
@@ -106,6 +106,67 @@ def test_two_processes_learn_what_one_does_with_every_adapter(tmp_path, model):
         assert_alike(one, two)
 
 
+def test_two_processes_learn_through_trl_what_one_does(tmp_path):
+    found = compared(tmp_path, "--models", "tiny-gpt2", "--adapters", "lora", "--engine", "trl",
+                     "--methods", "sft,dpo")  # fmt: skip
+    assert len(found) == 2
+    for one, two in found.values():
+        assert_alike(one, two)
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("model", ["tiny-gpt2", "tiny-llama"])
+def test_two_processes_learn_through_trl_what_one_does_with_every_adapter(tmp_path, model):
+    adapters = "lora,qlora,ia3,prefix,full,dora,vera,rslora,pissa,ln,lora-bias,prompt"
+    found = compared(tmp_path, "--models", model, "--adapters", adapters, "--methods", "sft,dpo",
+                     "--engine", "trl")  # fmt: skip
+    assert len(found) >= 22
+    for one, two in found.values():
+        assert_alike(one, two)
+
+
+@pytest.mark.verify
+def test_two_processes_learn_orpo_through_trl_where_rows_are_equally_long(tmp_path):
+    # each rank's NLL is the mean of its own tokens: TRL does not weight it
+    found = compared(
+        tmp_path, "--models", "tiny-gpt2", "--adapters", "lora", "--methods", "orpo", "--engine",
+        "trl", "--orpo-nll-on", "all", "--prompt-length", "4", "--completion-length", "3",
+    )  # fmt: skip
+    for one, two in found.values():
+        assert_alike(one, two)
+
+
+@pytest.mark.verify
+def test_two_processes_learn_compiled_what_one_does(tmp_path):
+    found = compared(tmp_path, "--models", "tiny-gpt2", "--adapters", "lora", "--methods",
+                     "sft,dpo,orpo,ppo", "--compile", "layers")  # fmt: skip
+    assert len(found) == 4
+    for one, two in found.values():
+        assert_alike(one, two)
+
+
+def test_ranks_that_left_different_weights_are_an_error(monkeypatch):
+    weights = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
+    check_alike(weights)
+    monkeypatch.setattr(
+        "peftbench.ranks.gathered", lambda sums: [sums, sums + torch.tensor([0.0, 1e-6])]
+    )
+    with pytest.raises(RuntimeError, match="a sum of rank 1's is 1e-06 from rank 0's"):
+        check_alike(weights)
+
+
+def test_all_ranks_stop_at_the_same_step(monkeypatch):
+    def spent(budget_s: float, ranks: int, others_s: float) -> bool:
+        monkeypatch.setattr("peftbench.training.time.perf_counter", lambda: 103.0)
+        monkeypatch.setattr("peftbench.ranks.current", lambda: Ranks(0, ranks))
+        monkeypatch.setattr("peftbench.ranks.largest", lambda own: own.clamp(min=others_s))
+        return budget_is_spent(Settings(time_budget_s=budget_s), 100.0, torch.device("cpu"))
+
+    assert not spent(0.0, 2, 99.0)
+    assert [spent(budget_s, 1, 99.0) for budget_s in (2.0, 3.0, 4.0)] == [True, True, False]
+    assert [spent(budget_s, 2, 5.0) for budget_s in (2.0, 4.0, 6.0)] == [True, True, False]
+
+
 @pytest.mark.verify
 def test_two_processes_learn_what_one_does_with_a_value_adapter(tmp_path):
     found = compared(tmp_path, "--models", "tiny-llama", "--methods", "ppo,sft+ppo", "--adapters",
@@ -139,61 +200,37 @@ def test_the_ranks_completions_are_one_rollout():
     assert found.logprobs.tolist() == [[-1.0, 0.0], [-2.0, -3.0]]
 
 
-def test_a_killed_rank_is_named_and_nothing_stays_behind(tmp_path):
-    process = start(tmp_path, "--methods", "sft", "--adapters", "lora", "--processes", "2", *LONG)
-    child = child_of(process, "tiny-gpt2-lora-sft-")
-    rank = rank_of(process, 1)
+def outcome_after(folder, signal_number: int, *arguments: str, delay_s: float = 0) -> dict:
+    """What becomes of a case of two processes when the second is sent this; nothing stays."""
+    process = start(folder, "--methods", "sft", "--adapters", "lora", "--processes", "2",
+                    *arguments)  # fmt: skip
+    rank = child_of(process, "tiny-gpt2-lora-sft-", "-rank1.log")
     started = set(family(process.pid))
-    assert child in started
-    os.kill(rank, signal.SIGKILL)
+    assert child_of(process, "tiny-gpt2-lora-sft-") in started
+    time.sleep(delay_s)
+    os.kill(rank, signal_number)
     code, text = finish(process)
     assert code == 1, text
-    lost = cases(read(tmp_path))["tiny-gpt2-lora-sft"]
-    assert (lost["status"], lost["reason"]) == (
-        "crashed", "rank 1 of 2: the process died with signal 9"
-    )  # fmt: skip
-    assert_nothing_left(tmp_path, started)
+    assert_nothing_left(folder, started)
+    lost = cases(read(folder))["tiny-gpt2-lora-sft"]
+    return {name: lost[name] for name in ("status", "reason")}
+
+
+def test_a_killed_rank_is_named_and_nothing_stays_behind(tmp_path):
+    assert outcome_after(tmp_path, signal.SIGKILL, *LONG) == {
+        "status": "crashed", "reason": "rank 1 of 2: the process died with signal 9"
+    }  # fmt: skip
 
 
 @pytest.mark.verify
 @pytest.mark.parametrize("phase", ["load", "train"])
 def test_a_rank_that_stands_still_is_named(tmp_path, phase):
-    process = start(tmp_path, "--methods", "sft", "--adapters", "lora", "--processes", "2",
-                    "--pairs", "8000", "--case-timeout", "60")  # fmt: skip
-    rank = rank_of(process, 1)
-    started = set(family(process.pid))
-    if phase == "train":
-        time.sleep(4)  # it loads for some tenths of a second and trains for many
-    os.kill(rank, signal.SIGSTOP)
-    code, text = finish(process)
-    assert code == 1, text
-    lost = cases(read(tmp_path))["tiny-gpt2-lora-sft"]
-    assert (lost["status"], lost["reason"]) == (
-        "timeout", "rank 1 of 2 did not answer the others"
-    )  # fmt: skip
-    assert_nothing_left(tmp_path, started)
-
-
-def rank_of(process, rank: int) -> int:
-    """The pid of a rank, as soon as it is there."""
-
-    def found() -> int | None:
-        for each in family(process.pid):
-            name = log_of(each)
-            if name.startswith("tiny-gpt2-lora-sft") and name.endswith(f"-rank{rank}.log"):
-                return each
-        return None
-
-    pid = wait_for(found)
-    assert isinstance(pid, int)
-    return pid
-
-
-def log_of(pid: int) -> str:
-    try:
-        return os.path.basename(os.readlink(f"/proc/{pid}/fd/1"))
-    except OSError:
-        return ""
+    # it loads for some tenths of a second and trains for many
+    delay_s = 4 if phase == "train" else 0
+    many = ["--pairs", "8000", "--case-timeout", "60"]
+    assert outcome_after(tmp_path, signal.SIGSTOP, *many, delay_s=delay_s) == {
+        "status": "timeout", "reason": "rank 1 of 2 did not answer the others"
+    }  # fmt: skip
 
 
 def test_the_rank_that_ended_is_blamed_and_not_those_that_lost_it(monkeypatch):
@@ -285,14 +322,15 @@ def test_what_cannot_be_shared_is_one_line():
         check_settings(Settings(processes=4, batch_size=6))
     with pytest.raises(UserError, match="processes is 0; it must be at least 1"):
         check_settings(Settings(processes=0))
-    for method, changed in (
-        ("sft", {"engine": "trl"}),
-        ("sft", {"compile": "layers"}),
-    ):
-        case = Case("tiny-gpt2", "lora", method, Settings(processes=2, **changed))
-        assert "--processes" in str(impossible(case))
     with pytest.raises(
         UserError, match=r"PPO's micro-batch is 4 .* multiple of processes, which is 3"
     ):
         check_ppo(Settings(processes=3, batch_size=4))
-    assert impossible(Case("tiny-gpt2", "lora", "sft+ppo", Settings(processes=2))) is None
+    for method, changed in (
+        ("sft+ppo", {}),
+        ("dpo", {"engine": "trl"}),
+        ("sft", {"compile": "layers"}),
+    ):
+        assert (
+            impossible(Case("tiny-gpt2", "lora", method, Settings(processes=2, **changed))) is None
+        )
