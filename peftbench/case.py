@@ -64,6 +64,7 @@ class Settings:
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
     processes: int = 1  # that train the case together, each its share of every batch (DDP)
+    sharding: str = "none"  # full: each process holds a slice of every parameter (FSDP)
     pair_prompts: str = "once"  # once: a pair's sides share a pass over their prompt; twice
     compile: str = "none"  # layers: the decoder layers through torch.compile, before the warm-up
     beta: float = 0.1  # DPO's temperature
@@ -154,6 +155,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("linear", "constant"),
     "optimizer": ("adamw", "paged-adamw-8bit"),
     "pair_prompts": ("once", "twice"),
+    "sharding": ("none", "full"),
     "compile": ("none", "layers"),
     "orpo_nll_on": ("all", "completion"),
     "value": ("head", "adapter"),
@@ -216,6 +218,11 @@ def check_settings(settings: Settings) -> None:
         raise UserError(
             f"batch_size is {settings.batch_size}; it must be a multiple of processes, which"
             f" is {settings.processes}: they share every batch"
+        )
+    if settings.sharding != "none" and settings.processes == 1:
+        raise UserError(
+            f"sharding is {settings.sharding!r}, but processes is 1: give at least 2, among which"
+            " the model is spread"
         )
     if settings.tasks and not settings.measures_quality:
         raise UserError(

@@ -124,7 +124,7 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     if not found:
         raise UserError(
             f"{type(model).__name__} has no decoder layers that transformers marks as such:"
-            " leave out --compile"
+            " leave out --compile and --sharding"
         )
     return found
 

@@ -17,14 +17,24 @@ import importlib
 import math
 import tempfile
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from peftbench import adapters, evaluation, harness, models, ppo_values, provenance, ranks, values
+from peftbench import (
+    adapters,
+    evaluation,
+    harness,
+    models,
+    ppo_values,
+    provenance,
+    ranks,
+    sharding,
+    values,
+)
 from peftbench.batches import collate, completion_logprobs, forward_logits
 from peftbench.case import Case, Settings
 from peftbench.compiling import compiling
@@ -102,8 +112,23 @@ def run_round(
     `base` is what the untrained model scores on the same held-out data (`score_base`), and
     `unquantized_base` the same before quantisation; both None when quality is not measured.
     `peak_flops_per_s` is the device's rate in one large matrix product (`time_sentinels`). Of
-    several ranks all train, each at its `place`, and the first one does the rest: None of others.
+    several ranks all train, each at its `place`, and the first one does the rest, all of them only
+    where the model is spread over them: None of the others.
     """
+    with ExitStack() as together:
+        return record_of(case, base, unquantized_base, peak_flops_per_s, parent, place, together)
+
+
+def record_of(
+    case: Case,
+    base: Quality | None,
+    unquantized_base: Quality | None,
+    peak_flops_per_s: float | None,
+    parent: Parent,
+    place: ranks.Ranks,
+    together: ExitStack,
+) -> dict[str, Any] | None:
+    """`run_round`; `together` is open as long as the ranks are one group."""
     case = models.resolved(case)
     settings, start_unix_s = case.settings, time.time()
     device = prepare_process(settings, place)
@@ -114,7 +139,11 @@ def run_round(
     phases.imported()
 
     phases.enter("load")
-    model = load(case, device, quantize=adapters.ADAPTERS[case.adapter].quantization)
+    sharded = settings.sharding != "none"
+    held_on = torch.device("cpu") if sharded else device
+    if sharded and device.type == "cpu":
+        host.return_large_blocks()
+    model = load(case, held_on, quantize=adapters.ADAPTERS[case.adapter].quantization)
     base_bytes, quantized = models.parameter_bytes(model), len(quantized_layers(model))
     quantization = quantization_of(model)
 
@@ -123,6 +152,8 @@ def run_round(
     plain = adapters.shared_copy(model) if uses_ppo(case.method) else None
     model = adapters.attach(model, case.adapter, settings)
     before = adapters.trainable_names(model)
+    total_params, trainable_params = adapters.count_params(model)
+    param_bytes = models.parameter_bytes(model)
 
     phases.enter("data")
     tokenizer = models.load_tokenizer(case.model, settings.weights)
@@ -134,18 +165,23 @@ def run_round(
     at_start = None if case.adapter == "full" else adapters.snapshot(model)
 
     phases.enter("prepare")
-    with ranks.joined(place, device):
-        training = train(model, plain, case, task, tokenizer, Gate(phases, parent))
+    together.enter_context(ranks.joined(place, device))
+    if sharded:
+        sharding.shard(model, device)
+    training = train(model, plain, case, task, tokenizer, Gate(phases, parent))
+    readings = ranks.gathered(values.rank_reading(place.rank, phases, device_uuid(device)))
+    if not sharded:
         ranks.check_alike([p for p in model.parameters() if p.requires_grad])
-        readings = ranks.gathered(values.rank_reading(place.rank, phases, device_uuid(device)))
-    if place.rank > 0:
-        return None
+        together.close()
+        if place.rank > 0:
+            return None
     values.without_ranks(phases, readings)
     if not all(math.isfinite(loss) for loss in training.losses):
         step = next(i for i, loss in enumerate(training.losses) if not math.isfinite(loss))
         raise InvalidTrainingError(f"the loss is {training.losses[step]} at step {step + 1}")
 
-    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+    trained = [sharding.own_slice(p) for p in model.parameters() if p.requires_grad]
+    if not all(bool(p.isfinite().all()) for p in trained):
         raise InvalidTrainingError("a trained weight is not finite after the last step")
 
     phases.enter("evaluate")
@@ -161,22 +197,25 @@ def run_round(
         quality = replace(quality, tasks=task_scores(model, case, tokenizer))
 
     phases.enter("compare")
-    fresh_base = load(case, device, quantize=None) if case.adapter == "full" else None
-    kl = None if quality is None else kl_of(model, fresh_base, quality, task, case)
+    fresh_base = load(case, held_on, quantize=None) if case.adapter == "full" else None
     if fresh_base is not None:
         at_start = adapters.snapshot(fresh_base)
+        if sharded:
+            sharding.shard(fresh_base, device)
     assert at_start is not None
-    rows_read = rows_trained_on(training, case, task)
-    rows = touched_rows(model, rows_read) if case.adapter == "full" else None
-    moved = adapters.moved_ratio(at_start, model, rows)
+    kl = None if quality is None else kl_of(model, fresh_base, quality, task, case)
     del fresh_base
+    with sharding.on_host(model):
+        rows_read = rows_trained_on(training, case, task)
+        rows = touched_rows(model, rows_read) if case.adapter == "full" else None
+        moved = adapters.moved_ratio(at_start, model, rows)
 
-    phases.enter("save")
-    with tempfile.TemporaryDirectory(prefix="peftbench-") as folder:
-        adapter_bytes = adapters.save_adapter(model, Path(folder))
+        phases.enter("save")
+        with tempfile.TemporaryDirectory(prefix="peftbench-") as folder:
+            adapter_bytes = adapters.save_adapter(model, Path(folder))
 
     merge_difference = None
-    if adapters.ADAPTERS[case.adapter].merges:
+    if adapters.ADAPTERS[case.adapter].merges and not sharded:
         phases.enter("merge")
         merge_difference = merge_max_logit_difference(model, case, task)
 
@@ -185,20 +224,21 @@ def run_round(
     flops = flops_per_token(model, case, task, training, tokenizer)
     # after all that asks for the model, as it goes on training it
     scaling = None
-    if place.count > 1:
+    if place.count > 1 and not sharded:
         scaling = steps_alone_s(model, case, task, training, tokenizer)
     phases.leave()
     phases.check_sum()
+    if place.rank > 0:
+        return None
 
     if adapters.trainable_names(model) != before:
         raise RuntimeError("the set of trainable parameters changed during the round")
-    total_params, trainable_params = adapters.count_params(model)
     numbers: dict[str, float | int | None] = {
         "total_params": total_params,
         "trainable_params": trainable_params,
         "trainable_ratio": trainable_params / total_params,
         "adapter_bytes": adapter_bytes,
-        "param_bytes": models.parameter_bytes(model),
+        "param_bytes": param_bytes,
         "grad_bytes": training.grad_bytes,
         "optimizer_state_bytes": training.optimizer_state_bytes,
         "base_bytes": base_bytes,

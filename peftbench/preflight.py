@@ -12,6 +12,7 @@ from peftbench.data import assets
 from peftbench.data.loading import check_data, check_lengths
 from peftbench.errors import UserError
 from peftbench.harness import check_tasks
+from peftbench.methods import uses_ppo
 from peftbench.models import check_model, find_model, has_biases, model_context
 from peftbench.provenance import torch_cuda_version
 from peftbench.trl_engine import check_trl
@@ -66,6 +67,24 @@ def check_compiler(settings: Settings) -> None:
         )
 
 
+def cannot_be_sharded(case: Case) -> str | None:
+    """Why a case cannot have its model spread over its processes, or None."""
+    settings = case.settings
+    if uses_ppo(case.method):
+        return "PPO's models stand on one base's weights by several trees of modules"
+    if settings.engine == "trl":
+        return "TRL's trainers are not given a sharded model here"
+    if settings.compile != "none":
+        return "compiled layers are not sharded here"
+    if settings.optimizer == "paged-adamw-8bit":
+        return "paged-adamw-8bit takes whole parameters"
+    if case.adapter == "lora-8bit":
+        return "8-bit layers keep their weights outside the parameters"
+    if settings.tasks:
+        return "--tasks asks one process"
+    return None
+
+
 def impossible(case: Case) -> str | None:
     """The sentence a user needs for a combination that cannot work, or None."""
     settings = case.settings
@@ -73,6 +92,8 @@ def impossible(case: Case) -> str | None:
         return "prefix tuning feeds its prefix as a cache, which gradient checkpointing turns off"
     if case.adapter == "bitfit" and not has_biases(case.model):
         return f"{case.model} has no biases, and bitfit trains nothing else; use ln or lora-bias"
+    if settings.sharding != "none" and (why := cannot_be_sharded(case)) is not None:
+        return f"{why}: leave out --sharding"
     if settings.compile != "none":
         if settings.engine == "trl":
             return "--compile is the native engine's: TRL's trainers have settings of their own"

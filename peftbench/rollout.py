@@ -20,6 +20,7 @@ from peftbench.batches import last_columns
 from peftbench.compiling import compile_layers
 from peftbench.data.task import TokenPair
 from peftbench.ranks import ALONE, Ranks
+from peftbench.sharding import is_sharded, outside_layers_whole
 
 # With so few rows on a CPU a product is as long as the reading of its weight, and which side of it
 # the weight is on matters: at 8 rows (W x^T)^T reads 1.2 to 1.6 times faster than x W^T.
@@ -66,7 +67,9 @@ def sample(
     ids, mask = pad_left(prompts, device)
     prefix = virtual_tokens(model)
     # the adapter's layers are inside the base; a prefix is in the cache after the first pass
-    inner = few_rows_tree(inner_model(model), len(prompts))
+    inner = inner_model(model)
+    if not is_sharded(inner):
+        inner = few_rows_tree(inner, len(prompts))
     padded = any(len(p) < ids.shape[1] for p in prompts)
     present = torch.ones((len(prompts), prefix + ids.shape[1] + length), device=device).long()
     present[:, prefix : prefix + ids.shape[1]] = mask
@@ -84,21 +87,22 @@ def sample(
     # read without waiting: on a GPU it holds the answer of some step before
     all_finished = torch.zeros((), dtype=torch.bool, pin_memory=device.type == "cuda")
     tokens, logprobs = [], []
-    for t in range(length):
-        row = torch.log_softmax(out.logits[:, -1].float() / temperature, -1)
-        drawn = draw(row, generator, own)
-        tokens.append(drawn.masked_fill(finished.unsqueeze(-1), -1))
-        logprobs.append(row.gather(-1, drawn).masked_fill(finished.unsqueeze(-1), 0.0))
-        finished = finished | (drawn.squeeze(-1) == eos_id)
-        all_finished.copy_(finished.all(), non_blocking=True)
-        if t + 1 == length or bool(all_finished):
-            break
-        at = prefix + ids.shape[1] + t
-        seen = present[:, : at + 1] if padded else None
-        out = inner(
-            input_ids=drawn, attention_mask=seen if fixed is None else fixed.go_to(at),
-            position_ids=positions + t, past_key_values=cache, use_cache=True,
-        )  # fmt: skip
+    with outside_layers_whole(model):
+        for t in range(length):
+            row = torch.log_softmax(out.logits[:, -1].float() / temperature, -1)
+            drawn = draw(row, generator, own)
+            tokens.append(drawn.masked_fill(finished.unsqueeze(-1), -1))
+            logprobs.append(row.gather(-1, drawn).masked_fill(finished.unsqueeze(-1), 0.0))
+            finished = finished | (drawn.squeeze(-1) == eos_id)
+            all_finished.copy_(finished.all(), non_blocking=True)
+            if t + 1 == length or bool(all_finished):
+                break
+            at = prefix + ids.shape[1] + t
+            seen = present[:, : at + 1] if padded else None
+            out = inner(
+                input_ids=drawn, attention_mask=seen if fixed is None else fixed.go_to(at),
+                position_ids=positions + t, past_key_values=cache, use_cache=True,
+            )  # fmt: skip
     rows = torch.cat(tokens, -1).tolist()  # waits for the device
     completions = [tuple(token for token in row if token >= 0) for row in rows]
     longest = max(map(len, completions))

@@ -41,6 +41,7 @@ HELP = {
     "weight_decay": "AdamW's",
     "max_grad_norm": "gradients are clipped to this norm",
     "gradient_checkpointing": "less memory, more time: activations are computed twice",
+    "sharding": "full: spread the model over the --processes, for one larger than a GPU (FSDP)",
     "processes": "that train a case together, each on a GPU of its own, sharing every batch (DDP)",
     "pair_prompts": "how often DPO and ORPO read the prompt of a pair; once where the model can",
     "beta": "DPO's temperature",

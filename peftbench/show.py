@@ -122,7 +122,9 @@ def _rank_lines(row: dict[str, Any]) -> list[str]:
     each = [cells(f"rank {rank['rank']}", rank) for rank in ranks["each"]]
     each += [cells(name, ranks[name]) for name in ("max", "sum")]
     ratio = ranks["scaling_efficiency_ratio"]
-    scaling = f"scaling efficiency against one process: {ratio:.2f} (1: perfect)"
+    scaling = "scaling efficiency: not known, as no process holds the whole model"
+    if ratio is not None:
+        scaling = f"scaling efficiency against one process: {ratio:.2f} (1: perfect)"
     return ["", scaling, "", *table(["peak MiB", "host growth", "GPU, torch"], each)]
 
 

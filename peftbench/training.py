@@ -21,6 +21,7 @@ from peftbench.data.task import TokenPair, TokenTask
 from peftbench.errors import UserError
 from peftbench.measuring.phases import synchronize
 from peftbench.methods import METHODS, dpo, orpo, sft
+from peftbench.sharding import check_gradients, is_sharded
 from peftbench.shared_prompts import SharedBatch, can_share_prompts, collate_shared
 
 if TYPE_CHECKING:
@@ -359,7 +360,11 @@ def train(
             reference_rows = reference_logratios(model, windows, reference)
     synchronize(device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    wrapped = accelerator.prepare_model(model)
+    sharded = is_sharded(model)
+    # a sharded one reduces its gradients itself, after each micro-batch: they are never whole
+    wrapped = accelerator.prepare_model(
+        model, device_placement=False if sharded else None, evaluation_mode=sharded
+    )
     if compilation.compiles:
         gate.stage("compile")
         windows = with_one_graph(windows)
@@ -397,7 +402,7 @@ def train(
         for micro, batch in enumerate(window.batches):
             at = step * settings.gradient_accumulation + micro
             last = micro == len(window.batches) - 1  # gradients are averaged once a step
-            with nullcontext() if last else accelerator.no_sync(wrapped):
+            with nullcontext() if last or sharded else accelerator.no_sync(wrapped):
                 loss = batch_loss(
                     wrapped, batch, method, settings,
                     window_tokens=window.completion_tokens / count,  # the ranks' mean is taken
@@ -406,6 +411,8 @@ def train(
                 )  # fmt: skip
                 accelerator.backward(loss)
             step_loss += loss.detach()
+        if sharded:
+            check_gradients(trained)
         if settings.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
         optimizer.step()

@@ -250,16 +250,19 @@ def rank_values(
 ) -> dict[str, Any] | None:
     """Memory of each rank, the largest and the sum; None of a case that one process trains.
 
-    `scaling` is seconds of the timed steps: of all ranks, and of one alone for the first of them.
-    `scaling_efficiency_ratio` is what one takes alone over what all take, times their number: the
-    median over the steps that both made. 1 is perfect.
+    `scaling` is seconds of the timed steps: of all ranks, and of one alone for the first of them;
+    None where the model is sharded. `scaling_efficiency_ratio` is what one takes alone over what
+    all take, times their number: the median over the steps that both made. 1 is perfect.
     """
-    if scaling is None:
+    if len(ranks) == 1:
         return None
-    pairs = zip(*scaling, strict=False)
-    efficiencies = sorted(alone / (len(ranks) * together) for together, alone in pairs)
+    efficiency = None
+    if scaling is not None:
+        pairs = zip(*scaling, strict=False)
+        efficiencies = sorted(alone / (len(ranks) * together) for together, alone in pairs)
+        efficiency = quantile(efficiencies, 0.5)
     found: dict[str, Any] = {"each": [asdict(rank) for rank in ranks], "max": {}, "sum": {},
-                             "scaling_efficiency_ratio": quantile(efficiencies, 0.5)}  # fmt: skip
+                             "scaling_efficiency_ratio": efficiency}  # fmt: skip
     for name in RANK_QUANTITIES:
         add_max_and_sum(found, name)
     return found
@@ -320,7 +323,9 @@ def null_reasons(
     for name in ("host_peak_rss_bytes", "host_peak_rss_delta_bytes"):
         reasons[name] = phases.peak_unavailable or "no /proc on this system"
     row = ADAPTERS[case.adapter]
-    if row.merges:
+    if case.settings.sharding != "none":
+        merge = "a sharded model is not merged"
+    elif row.merges:
         merge = "the memory left after training did not hold a merged copy"
     else:
         merge = f"{case.adapter} does not merge: {row.about}"

@@ -20,6 +20,7 @@ CHILD_ONLY = {
     "rollout", "reward_model", "ppo_roles", "ppo_training", "ppo_values",
     # and those of a command that trains or answers in its own process
     "checkpoint", "chat", "inference", "agreement", "compiling", "shared_prompts", "ranks",
+    "sharding",
 }  # fmt: skip
 
 LAYERS = [
@@ -64,6 +65,7 @@ LAYERS = [
     {
         "adapters",
         "shared_prompts",
+        "sharding",
         "methods.sft",
         "methods.dpo",
         "methods.orpo",

@@ -23,6 +23,7 @@ from peftbench.preflight import impossible
 from peftbench.ranks import Ranks, check_alike
 from peftbench.rollout import Rollout, draw
 from peftbench.rounds import add_rank_readings
+from peftbench.sharding import check_gradients
 from peftbench.show import record_lines
 from peftbench.training import budget_is_spent, nll_weight
 from peftbench.values import RankReading, rank_values, without_ranks
@@ -51,13 +52,15 @@ def test_the_mean_of_weighted_mean_losses_is_that_of_all_tokens(nll_on, tokens):
     assert nll_weight(Ranks(), pairs, nll_on) == 1
 
 
-def compared(tmp_path, *arguments: str) -> dict[str, tuple[dict, dict]]:
-    """The records of each case, of one process and of two."""
+def compared(tmp_path, *arguments: str, of_two: tuple[str, ...] = ()) -> dict:
+    """The records of each case, of one process and of two; `of_two` is for these alone."""
     found = []
     for count in (1, 2):
         folder = tmp_path / str(count)
         folder.mkdir()
-        code, text, run = bench(folder, *RAGGED, "--processes", str(count), *arguments)
+        code, text, run = bench(
+            folder, *RAGGED, "--processes", str(count), *arguments, *(of_two if count == 2 else ())
+        )
         assert code == 0, text
         found.append(rows(run))
     one, two = found
@@ -80,7 +83,10 @@ def assert_alike(one: dict, two: dict) -> None:
     peaks = [rank["host_peak_rss_delta_bytes"] for rank in each]
     assert two["ranks"]["max"]["host_peak_rss_delta_bytes"] == max(peaks)
     assert two["ranks"]["sum"]["host_peak_rss_delta_bytes"] == sum(peaks)
-    assert 0.02 < two["ranks"]["scaling_efficiency_ratio"] < 2
+    if two["case"]["settings"].get("sharding", "none") == "none":
+        assert 0.02 < two["ranks"]["scaling_efficiency_ratio"] < 2
+    else:
+        assert two["ranks"]["scaling_efficiency_ratio"] is None
     assert all(rank["train_s"] > 0.5 * two["train_s"] for rank in each)
     assert "rank 1" in "\n".join(record_lines(two))
     assert two["case_hash"] != one["case_hash"]
@@ -112,6 +118,87 @@ def test_two_processes_learn_through_trl_what_one_does(tmp_path):
     assert len(found) == 2
     for one, two in found.values():
         assert_alike(one, two)
+
+
+def assert_sharded_alike(one: dict, two: dict) -> None:
+    assert_alike(one, two)
+    # of all ranks together: what one process has
+    for name in ("grad_bytes", "param_bytes", "adapter_bytes", "total_params"):
+        assert two[name] == one[name], name
+    # AdamW counts its steps in each rank
+    assert two["optimizer_state_bytes"] == pytest.approx(one["optimizer_state_bytes"], rel=0.01)
+    assert two["kl_to_base_nats_per_token"] == pytest.approx(
+        one["kl_to_base_nats_per_token"], rel=0.02, abs=1e-4
+    )
+    assert two["moved_ratio"] == pytest.approx(one["moved_ratio"], abs=1e-3)
+    if two["merge_max_logit_difference"] is None:
+        assert two["null_reasons"]["merge_max_logit_difference"]
+
+
+# ln's last norm is in no layer, and DPO asks the model without gradients before it trains
+def test_a_model_spread_over_two_processes_learns_what_one_does(tmp_path):
+    found = compared(tmp_path, "--models", "tiny-gpt2", "--adapters", "lora,ln", "--methods", "dpo",
+                     of_two=("--sharding", "full"))  # fmt: skip
+    assert len(found) == 2
+    for one, two in found.values():
+        assert_sharded_alike(one, two)
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("model", ["tiny-gpt2", "tiny-llama"])
+def test_a_model_spread_over_two_processes_learns_what_one_does_with_every_adapter(tmp_path, model):
+    adapters = "lora,qlora,ia3,prefix,full,dora,vera,rslora,pissa,ln,lora-bias,prompt"
+    found = compared(tmp_path, "--models", model, "--adapters", adapters, "--methods",
+                     "sft,dpo,orpo", of_two=("--sharding", "full"))  # fmt: skip
+    assert len(found) == 36
+    for one, two in found.values():
+        assert_sharded_alike(one, two)
+
+
+@pytest.mark.verify
+def test_a_spread_model_takes_less_of_each_process(tmp_path):
+    def largest_bytes(sharding: str) -> int:
+        folder = tmp_path / sharding
+        folder.mkdir()
+        code, text, run = bench(
+            folder, "--models", "smollm2-135m-instruct-q4", "--weights", "random", "--adapters",
+            "full", "--methods", "sft", "--pairs", "8", "--batch-size", "2", "--prompt-length",
+            "32", "--completion-length", "32", "--processes", "2", "--sharding", sharding,
+        )  # fmt: skip
+        assert code == 0, text
+        (record,) = rows(run).values()
+        return record["ranks"]["max"]["host_peak_rss_delta_bytes"]
+
+    # weights, gradients and two moments: 2.0 GiB of a process that has them all, and half of it
+    whole_bytes, half_bytes = largest_bytes("none"), largest_bytes("full")
+    assert whole_bytes - half_bytes > 0.9 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("adapter", "method", "changed"),
+    [
+        ("lora", "ppo", {}), ("lora", "sft+ppo", {}), ("lora-8bit", "sft", {}),
+        ("lora", "sft", {"engine": "trl"}), ("lora", "sft", {"compile": "layers"}),
+        ("lora", "sft", {"optimizer": "paged-adamw-8bit"}), ("lora", "sft", {"tasks": "a"}),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_spread_is_one_line(adapter, method, changed):
+    settings = Settings(processes=2, sharding="full", **changed)
+    why = impossible(Case("tiny-gpt2", adapter, method, settings))
+    assert why is not None
+    assert why.endswith("leave out --sharding")
+
+
+def test_one_process_has_nobody_to_share_a_model_with():
+    with pytest.raises(UserError, match="sharding is 'full', but processes is 1: give at least 2"):
+        check_settings(Settings(sharding="full"))
+
+
+def test_a_lost_gradient_is_an_error():
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+    weights[1].grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match="2 trained parameters of a sharded model have no"):
+        check_gradients(weights)
 
 
 @pytest.mark.verify

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from dataclasses import dataclass
@@ -129,3 +130,15 @@ class PackageEnergy:
     @staticmethod
     def _joules(file: Path) -> float:
         return int(file.read_text()) / 1e6
+
+
+def return_large_blocks() -> None:
+    """Have glibc give every block of a mebibyte and more back when it is freed.
+
+    By itself it keeps them for the next one as large: a process that gathers and frees weights then
+    looks as if it held them all. It costs time, as every page of such a block is a new one.
+    """
+    M_MMAP_THRESHOLD = -3  # of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**20)
