@@ -1,10 +1,10 @@
 """A case over several processes: which rank this one is, what it reads, and what all know together.
 
-`--processes N` starts N training children, the ranks. Each holds the whole model and reads its
-share of every micro-batch; DistributedDataParallel, through accelerate, averages their gradients
-(PPO and its reward model add theirs up here).
-Everything but the training is rank 0's, whose record the round's is. Outside such a case there is
-one rank, and nothing here does anything.
+`--processes N` starts N training children, the ranks. Each reads its share of every micro-batch.
+Each holds the whole model, and DistributedDataParallel, through accelerate, averages their
+gradients (PPO and its reward model add theirs up here); or each holds a slice of it (`sharding`).
+The round's record is rank 0's. Everything but the training is its alone, where the model is not
+sharded. Outside such a case there is one rank, and nothing here does anything.
 """
 
 from __future__ import annotations
