@@ -31,6 +31,7 @@ from peftbench.worker import LOST_RANK, Child, Outcome
 
 RAGGED = ["--pairs", "64", "--prompt-length", "60", "--completion-length", "60",
           "--gradient-accumulation", "2", "--ppo-batch-size", "16"]  # fmt: skip
+ADAPTERS = "lora,qlora,ia3,prefix,full,dora,vera,rslora,pissa,ln,lora-bias,prompt"
 
 
 def test_ranks_share_a_batch_in_its_order():
@@ -92,32 +93,33 @@ def assert_alike(one: dict, two: dict) -> None:
     assert two["case_hash"] != one["case_hash"]
 
 
+def assert_all_alike(found: dict, check=assert_alike) -> None:
+    for one, two in found.values():
+        check(one, two)
+
+
 def test_two_processes_learn_what_one_does(tmp_path):
     found = compared(tmp_path, "--models", "tiny-gpt2", "--adapters", "lora",
                      "--methods", "sft,orpo,sft+dpo,sft+ppo")  # fmt: skip
     assert len(found) == 4
-    for one, two in found.values():
-        assert_alike(one, two)
+    assert_all_alike(found)
 
 
 @pytest.mark.verify
 @pytest.mark.parametrize("model", ["tiny-gpt2", "tiny-llama"])
 def test_two_processes_learn_what_one_does_with_every_adapter(tmp_path, model):
-    adapters = "lora,qlora,ia3,prefix,full,dora,vera,rslora,pissa,ln,lora-bias,prompt"
     found = compared(
-        tmp_path, "--models", model, "--methods", "sft,dpo,orpo,ppo", "--adapters", adapters
+        tmp_path, "--models", model, "--methods", "sft,dpo,orpo,ppo", "--adapters", ADAPTERS
     )
     assert len(found) >= 44
-    for one, two in found.values():
-        assert_alike(one, two)
+    assert_all_alike(found)
 
 
 def test_two_processes_learn_through_trl_what_one_does(tmp_path):
     found = compared(tmp_path, "--models", "tiny-gpt2", "--adapters", "lora", "--engine", "trl",
                      "--methods", "sft,dpo")  # fmt: skip
     assert len(found) == 2
-    for one, two in found.values():
-        assert_alike(one, two)
+    assert_all_alike(found)
 
 
 def assert_sharded_alike(one: dict, two: dict) -> None:
@@ -131,8 +133,7 @@ def assert_sharded_alike(one: dict, two: dict) -> None:
         one["kl_to_base_nats_per_token"], rel=0.02, abs=1e-4
     )
     assert two["moved_ratio"] == pytest.approx(one["moved_ratio"], abs=1e-3)
-    if two["merge_max_logit_difference"] is None:
-        assert two["null_reasons"]["merge_max_logit_difference"]
+    assert two["null_reasons"]["merge_max_logit_difference"] == "a sharded model is not merged"
 
 
 # ln's last norm is in no layer, and DPO asks the model without gradients before it trains
@@ -140,19 +141,16 @@ def test_a_model_spread_over_two_processes_learns_what_one_does(tmp_path):
     found = compared(tmp_path, "--models", "tiny-gpt2", "--adapters", "lora,ln", "--methods", "dpo",
                      of_two=("--sharding", "full"))  # fmt: skip
     assert len(found) == 2
-    for one, two in found.values():
-        assert_sharded_alike(one, two)
+    assert_all_alike(found, assert_sharded_alike)
 
 
 @pytest.mark.verify
 @pytest.mark.parametrize("model", ["tiny-gpt2", "tiny-llama"])
 def test_a_model_spread_over_two_processes_learns_what_one_does_with_every_adapter(tmp_path, model):
-    adapters = "lora,qlora,ia3,prefix,full,dora,vera,rslora,pissa,ln,lora-bias,prompt"
-    found = compared(tmp_path, "--models", model, "--adapters", adapters, "--methods",
+    found = compared(tmp_path, "--models", model, "--adapters", ADAPTERS, "--methods",
                      "sft,dpo,orpo", of_two=("--sharding", "full"))  # fmt: skip
     assert len(found) == 36
-    for one, two in found.values():
-        assert_sharded_alike(one, two)
+    assert_all_alike(found, assert_sharded_alike)
 
 
 @pytest.mark.verify
@@ -204,12 +202,10 @@ def test_a_lost_gradient_is_an_error():
 @pytest.mark.verify
 @pytest.mark.parametrize("model", ["tiny-gpt2", "tiny-llama"])
 def test_two_processes_learn_through_trl_what_one_does_with_every_adapter(tmp_path, model):
-    adapters = "lora,qlora,ia3,prefix,full,dora,vera,rslora,pissa,ln,lora-bias,prompt"
-    found = compared(tmp_path, "--models", model, "--adapters", adapters, "--methods", "sft,dpo",
+    found = compared(tmp_path, "--models", model, "--adapters", ADAPTERS, "--methods", "sft,dpo",
                      "--engine", "trl")  # fmt: skip
     assert len(found) >= 22
-    for one, two in found.values():
-        assert_alike(one, two)
+    assert_all_alike(found)
 
 
 @pytest.mark.verify
@@ -219,8 +215,7 @@ def test_two_processes_learn_orpo_through_trl_where_rows_are_equally_long(tmp_pa
         tmp_path, "--models", "tiny-gpt2", "--adapters", "lora", "--methods", "orpo", "--engine",
         "trl", "--orpo-nll-on", "all", "--prompt-length", "4", "--completion-length", "3",
     )  # fmt: skip
-    for one, two in found.values():
-        assert_alike(one, two)
+    assert_all_alike(found)
 
 
 @pytest.mark.verify
@@ -228,8 +223,7 @@ def test_two_processes_learn_compiled_what_one_does(tmp_path):
     found = compared(tmp_path, "--models", "tiny-gpt2", "--adapters", "lora", "--methods",
                      "sft,dpo,orpo,ppo", "--compile", "layers")  # fmt: skip
     assert len(found) == 4
-    for one, two in found.values():
-        assert_alike(one, two)
+    assert_all_alike(found)
 
 
 def test_ranks_that_left_different_weights_are_an_error(monkeypatch):
@@ -259,8 +253,7 @@ def test_two_processes_learn_what_one_does_with_a_value_adapter(tmp_path):
     found = compared(tmp_path, "--models", "tiny-llama", "--methods", "ppo,sft+ppo", "--adapters",
                      "lora,full", "--value", "adapter")  # fmt: skip
     assert len(found) == 4
-    for one, two in found.values():
-        assert_alike(one, two)
+    assert_all_alike(found)
 
 
 def test_ranks_draw_what_one_process_would():
