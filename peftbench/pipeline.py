@@ -57,6 +57,8 @@ from peftbench.training import Keeper, SilentGate, Training
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from peftbench.ppo_roles import Roles
+
 
 class Parent(Protocol):
     """The other end of the child's pipe."""
@@ -166,9 +168,9 @@ def record_of(
 
     phases.enter("prepare")
     together.enter_context(ranks.joined(place, device))
-    if sharded:
-        sharding.shard(model, device)
-    training = train(model, plain, case, task, tokenizer, Gate(phases, parent))
+    roles = spread(model, plain, case, tokenizer, device) if sharded else None
+    plain = None if sharded else plain
+    training = train(model, plain, case, task, tokenizer, Gate(phases, parent), roles=roles)
     readings = ranks.gathered(values.rank_reading(place.rank, phases, device_uuid(device)))
     if not sharded:
         ranks.check_alike([p for p in model.parameters() if p.requires_grad])
@@ -420,10 +422,12 @@ def train(
     tokenizer: PreTrainedTokenizerBase | None,
     gate: StageGate,
     keeper: Keeper | None = None,
+    roles: Roles | None = None,
 ) -> Training:
     """Through the engine that the settings name; the SFT stage of a pipeline first.
 
-    `plain` is the base on a tree of its own, for PPO. A `keeper` is asked by the native engine.
+    `plain` is the base on a tree of its own, for PPO's roles where they are not given. A `keeper`
+    is asked by the native engine.
     """
     from peftbench import ppo_roles, ppo_training, training, trl_engine
 
@@ -438,10 +442,14 @@ def train(
         return trl_engine.train(model, task, settings, last, gate, reference)
     with compiling(settings.compile) as compilation:
         if last == "ppo":
-            roles = ppo_roles.prepare_roles(
-                model, plain, case.adapter, task, settings, tokenizer, gate,
-                after_sft=bool(before),
-            )  # fmt: skip
+            if roles is None:
+                roles = build_roles(model, plain, case, tokenizer, gate)
+            else:  # made before the model was sharded, and trained
+                if before:
+                    ppo_roles.copy_trained(model, roles.reference)
+                if roles.reward_model is not None:
+                    gate.stage("reward_model")
+            ppo_roles.train_roles(roles, task, settings)
             done = ppo_training.train(
                 model, roles, task, settings, eos_id_of(model, tokenizer), gate, keeper,
                 compilation,
@@ -449,6 +457,45 @@ def train(
         else:
             done = training.train(model, task, settings, last, gate, reference, keeper, compilation)
         return replace(done, compilation=compilation.described())
+
+
+def spread(
+    model: Any,
+    plain: Any,
+    case: Case,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+) -> Roles | None:
+    """Spread a case's model over the ranks; with it PPO's roles, made while its weights are whole.
+
+    TRL's engine does it itself, as its trainers are made with a whole model.
+    """
+    if case.settings.engine == "trl":
+        return None
+    if not uses_ppo(case.method):
+        sharding.shard_all([model], device)
+        return None
+    roles = build_roles(model, plain, case, tokenizer, SilentGate())
+    for head in roles.heads():
+        head.to(device)
+    sharding.shard_all([model, *roles.trees()], device)
+    return roles
+
+
+def build_roles(
+    model: Any,
+    plain: Any,
+    case: Case,
+    tokenizer: PreTrainedTokenizerBase | None,
+    gate: StageGate,
+) -> Roles:
+    """Who takes part in a case's PPO, on the weights as they are now."""
+    from peftbench import ppo_roles
+
+    return ppo_roles.build_roles(
+        model, plain, case.adapter, case.settings, tokenizer, gate,
+        after_sft=len(stages(case.method)) > 1,
+    )  # fmt: skip
 
 
 def steps_alone_s(

@@ -20,6 +20,7 @@ from peftbench.batches import Batch, forward_logits, token_logprobs
 from peftbench.data.task import TokenTask
 from peftbench.methods.reward import RewardFunction, named_reward
 from peftbench.reward_model import ScalarModel, scalars, train_reward_model, trunk_of
+from peftbench.sharding import own_slice
 from peftbench.training import Gate
 
 if TYPE_CHECKING:
@@ -39,19 +40,29 @@ class Roles:
     value_model: ScalarModel | None  # or with an adapter of its own
     reference_bytes: int  # of weights that only the reference holds
 
+    def trees(self) -> list[Any]:
+        """The models, each on a tree of modules of its own."""
+        scalar_models = [m for m in (self.reward_model, self.value_model) if m is not None]
+        return [self.reference, *(m.adapted for m in scalar_models)]
 
-def prepare_roles(
+    def heads(self) -> list[torch.nn.Linear]:
+        """What stands on them."""
+        scalar_models = [m for m in (self.reward_model, self.value_model) if m is not None]
+        heads = [m.head for m in scalar_models]
+        return heads if self.value_head is None else [self.value_head, *heads]
+
+
+def build_roles(
     model: Any,
     plain: Any,
     adapter: str,
-    task: TokenTask,
     settings: Settings,
     tokenizer: PreTrainedTokenizerBase | None,
     gate: Gate,
     *,
     after_sft: bool,
 ) -> Roles:
-    """All who take part beside the policy, the reward model trained.
+    """All who take part beside the policy; `train_roles` brings them to where PPO starts.
 
     `plain` is the base on a tree of its own (`adapters.shared_copy`); None for `full`, whose frozen
     reference then carries the reward's adapter.
@@ -65,11 +76,18 @@ def prepare_roles(
     if settings.reward == "model":
         gate.stage("reward_model")
         reward_model = ScalarModel(adapters.shared_copy(tree), settings)
-        train_reward_model(reward_model, task, settings)
     else:
         reward = named_reward(settings.reward, tokenizer)
-    head, value_model = build_value(model, tree, reward_model, settings)
+    head, value_model = build_value(model, tree, settings)
     return Roles(reference, reward_model, reward, head, value_model, reference_bytes)
+
+
+def train_roles(roles: Roles, task: TokenTask, settings: Settings) -> None:
+    """Train the reward model, if there is one, and let a value adapter start at the reward's."""
+    if roles.reward_model is not None:
+        train_reward_model(roles.reward_model, task, settings)
+        if roles.value_model is not None:
+            copy_adapter(roles.reward_model, roles.value_model)
 
 
 def reference_copy(model: Any, plain: Any, adapter: str, settings: Settings) -> Any:
@@ -78,15 +96,20 @@ def reference_copy(model: Any, plain: Any, adapter: str, settings: Settings) -> 
     if adapter == "full":
         return copy.deepcopy(model).requires_grad_(False).eval()
     frozen = adapters.attach(adapters.shared_copy(plain), adapter, settings)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    for name, parameter in frozen.named_parameters():
-        if name in trained:
-            parameter.data.copy_(trained[name].data)
+    copy_trained(model, frozen)
     return frozen.requires_grad_(False).eval()
 
 
+def copy_trained(model: Any, reference: Any) -> None:
+    """Let a reference that was made before answer as the model does now."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in reference.named_parameters():
+        if name in trained:
+            own_slice(parameter.data).copy_(own_slice(trained[name].data))
+
+
 def build_value(
-    model: Any, tree: Any, reward_model: ScalarModel | None, settings: Settings
+    model: Any, tree: Any, settings: Settings
 ) -> tuple[torch.nn.Linear | None, ScalarModel | None]:
     """(head on the policy's trunk, None), or (None, value model) whose adapter is its own.
 
@@ -99,15 +122,18 @@ def build_value(
         head = torch.nn.Linear(size, 1, device=parameter.device)
     else:
         value_model = ScalarModel(adapters.shared_copy(tree), settings)
-        if reward_model is not None:
-            own = dict(reward_model.named_parameters())
-            for name, parameter in value_model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.data.copy_(own[name].data)
         head = value_model.head
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
     return (head, None) if settings.value == "head" else (None, value_model)
+
+
+def copy_adapter(reward_model: ScalarModel, value_model: ScalarModel) -> None:
+    """Let the value's adapter start at the reward's; its head keeps its own start."""
+    own = dict(reward_model.adapted.named_parameters())
+    for name, parameter in value_model.adapted.named_parameters():
+        if parameter.requires_grad:
+            own_slice(parameter.data).copy_(own_slice(own[name].data))
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from peftbench.methods.reward import check_finite, check_shape
 from peftbench.ppo_roles import Roles, score_tokens, score_values
 from peftbench.ranks import Ranks
 from peftbench.rollout import Rollout
+from peftbench.sharding import clip_gradients
 from peftbench.training import (
     Gate,
     Keeper,
@@ -341,7 +342,7 @@ class PPO:
                 if not self.losses and len(sums) == 1:
                     self.check_gradients()
                 if settings.max_grad_norm > 0:
-                    torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm)
+                    clip_gradients(self.parameters, settings.max_grad_norm)
                 self.optimizer.step()
                 self.schedule.step()
                 self.clock.mark()
@@ -489,12 +490,13 @@ def flops_per_token(
     # an index above 0: the reward is normalised already
     score_flops = count_flops(lambda: scored.append(state.score(1, sampled[0], order)[0]))
     epoch_flops = count_flops(lambda: state.minibatch(scored[0], order, counts, None))
-    batch = collate(sampled[0].pairs, "chosen", state.device)
+    batch = collate(state.own.share_of(sampled[0].pairs), "chosen", state.device)
     with torch.no_grad(), state.autocast():
         forward_flops = count_flops(lambda: state.policy(batch))
     epochs, micro_batches = settings.ppo_epochs, settings.ppo_batch_size // size
     flops = rollout_flops + score_flops + epochs * epoch_flops - forward_flops / micro_batches
-    return flops / (epochs * counts[0][1])
+    own = torch.tensor(flops, dtype=torch.float64, device=state.device)
+    return ranks.total(own).item() / (epochs * counts[0][1])
 
 
 @masks_from_lengths()

@@ -12,7 +12,6 @@ from peftbench.data import assets
 from peftbench.data.loading import check_data, check_lengths
 from peftbench.errors import UserError
 from peftbench.harness import check_tasks
-from peftbench.methods import uses_ppo
 from peftbench.models import check_model, find_model, has_biases, model_context
 from peftbench.provenance import torch_cuda_version
 from peftbench.trl_engine import check_trl
@@ -70,10 +69,6 @@ def check_compiler(settings: Settings) -> None:
 def cannot_be_sharded(case: Case) -> str | None:
     """Why a case cannot have its model spread over its processes, or None."""
     settings = case.settings
-    if uses_ppo(case.method):
-        return "PPO's models stand on one base's weights by several trees of modules"
-    if settings.engine == "trl":
-        return "TRL's trainers are not given a sharded model here"
     if settings.compile != "none":
         return "compiled layers are not sharded here"
     if settings.optimizer == "paged-adamw-8bit":

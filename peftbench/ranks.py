@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -127,7 +128,13 @@ def add_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     and models with more passes a step than DistributedDataParallel follows."""
     if not distributed.is_initialized():
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    found = [p.grad for p in parameters if p.grad is not None]
+    for gradient in found:
+        if isinstance(gradient, DTensor):  # of a sharded model, which has taken the mean already
+            gradient.to_local().mul_(distributed.get_world_size())
+    gradients = [g for g in found if not isinstance(g, DTensor)]
+    if not gradients:
+        return
     summed = total(torch.cat([g.flatten() for g in gradients]))
     parts = torch.split(summed, [g.numel() for g in gradients])
     for gradient, part in zip(gradients, parts, strict=True):

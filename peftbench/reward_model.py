@@ -17,6 +17,7 @@ from peftbench import adapters, ranks
 from peftbench.batches import Batch, collate
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.methods.reward import bradley_terry_loss, normalisation
+from peftbench.sharding import clip_gradients, outside_layers_whole
 from peftbench.training import SilentGate, build_optimizer, build_schedule, train
 
 if TYPE_CHECKING:
@@ -43,10 +44,11 @@ class ScalarModel(torch.nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """(R, P + C) float32: the scalar after each token; meaningless at padding."""
-        hidden = trunk_of(self.adapted)(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids, use_cache=False,
-        ).last_hidden_state  # fmt: skip
+        with outside_layers_whole(self.adapted):
+            hidden = trunk_of(self.adapted)(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids, use_cache=False,
+            ).last_hidden_state  # fmt: skip
         return scalars(self.head, hidden)
 
     def scores(self, batch: Batch) -> torch.Tensor:
@@ -114,7 +116,7 @@ def train_reward_model(model: ScalarModel, task: TokenTask, settings: Settings) 
         torch.autograd.backward(loss)
         ranks.add_gradients(parameters)
         if settings.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            clip_gradients(parameters, settings.max_grad_norm)
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from peftbench import ranks
 from peftbench.adapters import inner_model
 from peftbench.batches import last_columns
 from peftbench.compiling import compile_layers
@@ -68,7 +69,8 @@ def sample(
     prefix = virtual_tokens(model)
     # the adapter's layers are inside the base; a prefix is in the cache after the first pass
     inner = inner_model(model)
-    if not is_sharded(inner):
+    together = is_sharded(inner)  # then every pass is one that all ranks make
+    if not together:
         inner = few_rows_tree(inner, len(prompts))
     padded = any(len(p) < ids.shape[1] for p in prompts)
     present = torch.ones((len(prompts), prefix + ids.shape[1] + length), device=device).long()
@@ -94,7 +96,10 @@ def sample(
             tokens.append(drawn.masked_fill(finished.unsqueeze(-1), -1))
             logprobs.append(row.gather(-1, drawn).masked_fill(finished.unsqueeze(-1), 0.0))
             finished = finished | (drawn.squeeze(-1) == eos_id)
-            all_finished.copy_(finished.all(), non_blocking=True)
+            if together:
+                all_finished = ranks.largest((~finished).any().int()) == 0
+            else:
+                all_finished.copy_(finished.all(), non_blocking=True)
             if t + 1 == length or bool(all_finished):
                 break
             at = prefix + ids.shape[1] + t

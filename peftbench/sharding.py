@@ -8,7 +8,7 @@ Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,19 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from peftbench.compiling import decoder_layers
+
+
+def shard_all(models: Sequence[Any], device: torch.device) -> None:
+    """`shard` for trees of modules over the same weights: what they share they share as slices."""
+    sliced: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # by the whole one
+    for model in models:
+        places = parameter_places(model)
+        shard(model, device)
+        for module, name, whole in places:
+            own = module.get_parameter(name)
+            known = sliced.setdefault(whole, own)
+            if known is not own:  # taken over when the tree is first used, as a loaded state is
+                module.register_parameter(name, known)
 
 
 def shard(model: Any, device: torch.device) -> None:
@@ -34,6 +47,17 @@ def shard(model: Any, device: torch.device) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
+def parameter_places(
+    model: torch.nn.Module,
+) -> list[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
+    """(module, name in it, parameter) of all; tied ones once for each place."""
+    return [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+
+
 def is_sharded(model: torch.nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in model.parameters())
 
@@ -41,6 +65,25 @@ def is_sharded(model: torch.nn.Module) -> bool:
 def own_slice(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank has of a parameter: all, where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, on each rank: as it is, where it is not sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> None:
+    """Clip the norm of all gradients, of which some may be sharded and others whole."""
+    sharded = [p.grad for p in parameters if isinstance(p.grad, DTensor)]
+    whole = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    if not sharded or not whole:
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        return
+    norms = [gathered(torch.nn.utils.get_total_norm(sharded)),
+             torch.nn.utils.get_total_norm(whole)]  # fmt: skip
+    scale = (max_norm / (torch.stack(norms).norm() + 1e-6)).clamp(max=1.0)  # as torch has it
+    for gradient in (*sharded, *whole):
+        own_slice(gradient).mul_(scale)
 
 
 def check_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -52,7 +95,10 @@ def check_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 @contextmanager
 def outside_layers_whole(model: Any) -> Iterator[None]:
-    """Inside, what is in no layer is gathered, so that parts of the model can be called."""
+    """Inside, what is in no layer is gathered, so that parts of the model can be called.
+
+    With gradients it stays so until they are made, at whose end torch lets go of it.
+    """
     if not isinstance(model, FSDPModule):
         yield
         return
@@ -60,7 +106,8 @@ def outside_layers_whole(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        model.reshard()
+        if not torch.is_grad_enabled():
+            model.reshard()
 
 
 @contextmanager
@@ -71,16 +118,11 @@ def on_host(model: torch.nn.Module) -> Iterator[None]:
         if isinstance(module, FSDPModule):
             module.reshard()
     whole: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
-    places = [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-        if isinstance(parameter, DTensor)
-    ]
+    places = [place for place in parameter_places(model) if isinstance(place[2], DTensor)]
     for module, name, parameter in places:
         if parameter not in whole:  # tied weights stay tied
-            gathered = parameter.full_tensor().detach().cpu()
-            whole[parameter] = torch.nn.Parameter(gathered, parameter.requires_grad)
+            on_cpu = gathered(parameter).detach().cpu()
+            whole[parameter] = torch.nn.Parameter(on_cpu, parameter.requires_grad)
         module.register_parameter(name, whole[parameter])
     try:
         yield

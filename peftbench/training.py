@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from peftbench import ranks
 from peftbench.batches import Batch, Sides, collate, token_counts
@@ -242,8 +243,11 @@ def build_optimizer(
             trained, lr=learning_rate, eps=eps, weight_decay=settings.weight_decay
         )
         return optimizer
+    # those of a sharded model and those that each rank has whole do not go into one call
+    kinds = [[p for p in trained if isinstance(p, DTensor) == sharded] for sharded in (True, False)]
+    groups = [{"params": parameters} for parameters in kinds if parameters]
     return torch.optim.AdamW(
-        trained, lr=learning_rate, betas=ADAM_BETAS, eps=eps,
+        groups, lr=learning_rate, betas=ADAM_BETAS, eps=eps,
         weight_decay=settings.weight_decay, fused=True,
     )  # fmt: skip
 

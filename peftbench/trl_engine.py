@@ -63,6 +63,7 @@ def train(
     """Train in place for the budget, as `training.train` does; `reference` is the same context.
 
     The model comes back with its own forward, configuration and float32 adapter, in training mode.
+    One that is to be sharded comes whole and on the host.
     """
     import torch
 
@@ -72,9 +73,11 @@ def train(
 
     check_trl(method, settings)
     losses: list[torch.Tensor] = []
-    clock = StepClock(next(model.parameters()).device)
+    clock = StepClock(training_device(model, settings))
     with tempfile.TemporaryDirectory() as folder, _restored(model):
         trainer = build_trainer(model, task, settings, method, folder, losses)
+        if settings.sharding != "none":
+            shard_model(trainer, settings)
         if method == "dpo":
             gate.prepared()
             add_reference(trainer, settings, reference)
@@ -118,7 +121,7 @@ def build_trainer(
     model.config.pad_token_id = model.generation_config.pad_token_id = PAD_TOKEN_ID
     with _quiet_datasets(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Adapter name 'ref' should not be contained")
-        trainer = _token_trainer(trainer_class, losses)(
+        trainer = _token_trainer(trainer_class, losses, moves=settings.sharding == "none")(
             model=model,
             args=arguments,
             train_dataset=_dataset(pairs, method),
@@ -133,6 +136,37 @@ def build_trainer(
         model.delete_adapter("ref")
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def training_device(model: Any, settings: Settings) -> torch.device:
+    """Where the steps are made: a model that is to be sharded waits on the host."""
+    import torch
+
+    if settings.sharding == "none":
+        device: torch.device = next(model.parameters()).device
+        return device
+    on_host = settings.device == "cpu" or not torch.cuda.is_available()
+    return torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+
+
+def shard_model(trainer: Any, settings: Settings) -> None:
+    """Spread a trainer's model over the ranks, and let its optimiser take the slices.
+
+    After the trainer was made: making a DPOTrainer copies the adapter from whole weights.
+    """
+    from transformers import DistributedConfig
+
+    from peftbench import sharding
+    from peftbench.training import build_optimizer, build_schedule
+
+    model = trainer.model
+    sharding.shard_all([model], trainer.args.device)
+    # transformers' own way with a model that came sharded: it is neither wrapped nor sharded again
+    trainer.is_distributed_loading_by_transformers = True
+    model.config.distributed_config = DistributedConfig(fsdp_size=settings.processes)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    trainer.optimizer = build_optimizer(trained, settings, settings.learning_rate)
+    trainer.lr_scheduler = build_schedule(trainer.optimizer, settings, settings.steps)
 
 
 def _import_trainer(method: str) -> tuple[Any, Any]:
@@ -150,8 +184,11 @@ def _import_trainer(method: str) -> tuple[Any, Any]:
     return (SFTConfig, SFTTrainer) if method == "sft" else (DPOConfig, DPOTrainer)
 
 
-def _token_trainer(base: Any, losses: list[torch.Tensor]) -> Any:
-    """A TRL trainer that takes token ids as they are and keeps its losses on the device."""
+def _token_trainer(base: Any, losses: list[torch.Tensor], *, moves: bool) -> Any:
+    """A TRL trainer that takes token ids as they are and keeps its losses on the device.
+
+    `moves`: it may put its whole model there.
+    """
 
     class TokenTrainer(base):  # type: ignore[misc]
         def training_step(
@@ -171,6 +208,10 @@ def _token_trainer(base: Any, losses: list[torch.Tensor]) -> Any:
         def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
             return dataset  # DPO: `add_reference` does it, and caches nothing on the disk
 
+        def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+            if moves:
+                super()._move_model_to_device(model, device)
+
         def _send_telemetry(self) -> None:
             """A benchmark sends nothing; TRL asks its hub at every construction."""
 
@@ -181,7 +222,7 @@ def _arguments(model: Any, settings: Settings, method: str, folder: str) -> dict
     """TRL's configuration of a case; every default of TRL that differs from ours is overridden."""
     from peftbench import ranks
 
-    device = next(model.parameters()).device
+    device = training_device(model, settings)
     values: dict[str, Any] = {
         "output_dir": folder,  # nothing is written, but a folder must be named
         "use_cpu": device.type == "cpu",

@@ -63,9 +63,10 @@ def train(
     model = adapters.attach(model, adapter, settings)
     with compiling.compiling(how) as compilation:
         if method == "ppo":
-            roles = ppo_roles.prepare_roles(
-                model, plain, adapter, task, settings, None, gate, after_sft=False
+            roles = ppo_roles.build_roles(
+                model, plain, adapter, settings, None, gate, after_sft=False
             )
+            ppo_roles.train_roles(roles, task, settings)
             done = ppo_training.train(model, roles, task, settings, EOS, gate, None, compilation)
         else:
             reference = nullcontext() if adapter == "full" else adapters.adapter_off(model)

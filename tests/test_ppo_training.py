@@ -82,10 +82,11 @@ def start(name: str, adapter: str, **changes: Any) -> tuple[Any, Any, Settings]:
 def make_roles(
     model: Any, plain: Any, adapter: str, settings: Settings, *, after_sft: bool = False
 ) -> ppo_roles.Roles:
-    return ppo_roles.prepare_roles(
-        model, plain, adapter, make_task(), settings, None, training.SilentGate(),
-        after_sft=after_sft,
-    )  # fmt: skip
+    roles = ppo_roles.build_roles(
+        model, plain, adapter, settings, None, training.SilentGate(), after_sft=after_sft
+    )
+    ppo_roles.train_roles(roles, make_task(), settings)
+    return roles
 
 
 def run(name: str, adapter: str, **changes: Any) -> tuple[Any, training.Training]:

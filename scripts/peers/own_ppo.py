@@ -19,7 +19,7 @@ from peftbench.compiling import compiling
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.measuring.flops import count_flops
 from peftbench.methods.reward import token_share
-from peftbench.ppo_roles import Roles, build_value
+from peftbench.ppo_roles import Roles, build_value, copy_adapter
 from peftbench.reward_model import ScalarModel
 from peftbench.rollout import NO_EOS
 from peftbench.training import SilentGate
@@ -117,12 +117,14 @@ def trained_parameters(model: Any, roles: Roles) -> list[torch.nn.Parameter]:
 
 
 def build_roles(model: Any, plain: Any, settings: Settings, counted: int | None) -> Roles:
-    """As `prepare_roles`, but the reward model is left as it starts: its scores cost the same."""
+    """As `ppo_roles.build_roles`; the reward model stays as it starts: its scores cost the same."""
     reward_model = None
     if counted is None:
         reward_model = ScalarModel(adapters.shared_copy(plain), settings)
         reward_model.requires_grad_(False).eval()
-    head, value_model = build_value(model, plain, reward_model, settings)
+    head, value_model = build_value(model, plain, settings)
+    if reward_model is not None and value_model is not None:
+        copy_adapter(reward_model, value_model)
     reward = None if counted is None else partial(toy_reward, counted)
     return Roles(plain, reward_model, reward, head, value_model, 0)
 
