@@ -11,7 +11,7 @@ from peftbench.case import Case
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.evaluation import Quality, sampled_pairs
 from peftbench.methods import uses_ppo
-from peftbench.methods.reward import true_statement_ratios, win_ratio
+from peftbench.methods.reward import true_statement_ratios, truth_is_known, win_ratio
 from peftbench.reward_model import ScalarModel, pair_accuracy
 from peftbench.training import Training
 
@@ -61,8 +61,13 @@ def truth_values(
     quality: Quality,
     base: Quality | None,
 ) -> Values:
-    """tinywiki's true reward of the completions, the base's beside it, and who wins."""
+    """tinywiki's true reward of the completions, the base's beside it, and who wins.
+
+    Empty where a prompt was cut so short that it does not say whom it is about.
+    """
     prompts = [pair.prompt for pair in task.test[: len(quality.completions)]]
+    if not truth_is_known(tokenizer, prompts):
+        return {}
     after = true_statement_ratios(tokenizer, prompts, quality.completions)
     found: Values = {"true_reward": statistics.fmean(after)}
     if len(after) > 1:

@@ -296,7 +296,8 @@ def test_two_processes_learn_orpo_through_trl_where_rows_are_equally_long(tmp_pa
     # each rank's NLL is the mean of its own tokens: TRL does not weight it
     found = compared(
         tmp_path, "--models", "tiny-gpt2", "--adapters", "lora", "--methods", "orpo", "--engine",
-        "trl", "--orpo-nll-on", "all", "--prompt-length", "4", "--completion-length", "3",
+        "trl", "--orpo-nll-on", "all", "--data", "wikipedia-sample", "--prompt-length", "16",
+        "--completion-length", "16",
     )  # fmt: skip
     assert_all_alike(found)
 

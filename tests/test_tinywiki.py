@@ -278,5 +278,8 @@ def test_unknown_domain_or_split_names_the_allowed_ones(arguments, message):
 
 
 def test_prompt_without_a_heading_is_refused():
+    (pair,) = tinywiki.pairs(1, "test", 1, seed=0)
+    assert tinywiki.names_its_subject(pair.prompt)
+    assert not tinywiki.names_its_subject("Silver Heron was a ship")
     with pytest.raises(ValueError, match="no heading"):
         tinywiki.true_statement_ratio("Silver Heron was a ship", " Its sail was red .")

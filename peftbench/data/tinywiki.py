@@ -290,6 +290,11 @@ def _read(sentence: str) -> Statement | None:
     return next((Statement(match[1], match[2]) for match in matches if match), None)
 
 
+def names_its_subject(prompt: str) -> bool:
+    """Whether a prompt has its heading still: one that was cut to its last tokens may not."""
+    return _TITLE.search(prompt) is not None
+
+
 def true_statement_ratio(prompt: str, completion: str) -> float:
     """The true reward: share of the completion's sentences that are facts of the prompt's entity.
 

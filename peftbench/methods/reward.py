@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peftbench.data.tinywiki import true_statement_ratio
+from peftbench.data.tinywiki import names_its_subject, true_statement_ratio
 from peftbench.errors import InvalidTrainingError, UserError
 
 if TYPE_CHECKING:
@@ -90,22 +90,25 @@ def token_share(completion: Sequence[int], counted: int) -> float:
     return sum(token == counted for token in completion) / max(1, len(completion))
 
 
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
+
+
+def truth_is_known(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> bool:
+    """Whether completions of these tinywiki prompts can be judged: none was cut too short."""
+    return all(names_its_subject(text_of(tokenizer, prompt)) for prompt in prompts)
+
+
 def true_statement_ratios(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
 ) -> list[float]:
     """tinywiki's true reward of each completion: share of its sentences that are facts."""
-
-    def text(ids: Sequence[int]) -> str:
-        return str(
-            tokenizer.decode(
-                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
-
     return [
-        true_statement_ratio(text(prompt), text(completion))
+        true_statement_ratio(text_of(tokenizer, prompt), text_of(tokenizer, completion))
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
 
