@@ -366,9 +366,7 @@ def train(
     trained = [p for p in model.parameters() if p.requires_grad]
     sharded = is_sharded(model)
     # a sharded one reduces its gradients itself, after each micro-batch: they are never whole
-    wrapped = accelerator.prepare_model(
-        model, device_placement=False if sharded else None, evaluation_mode=sharded
-    )
+    wrapped = accelerator.prepare_model(model, evaluation_mode=sharded)
     if compilation.compiles:
         gate.stage("compile")
         windows = with_one_graph(windows)
