@@ -30,6 +30,9 @@ LARGE_WEIGHT = 2**16  # entries; below, a product costs its call
 # Of copies that live while sampling: LoRA on q and v of a 135 M model in float32 needs 53 MiB.
 FOLDED_BYTES = 64 * 2**20
 NO_EOS = -1  # an id that is never drawn: every completion has its full length
+# Share of a CPU's rows that have ended before they are left out of the next steps: leaving them out
+# copies the cache, as each step does.
+ENDED_RATIO = 0.25
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def sample(
     `compiled_width`: compile the layers of a token step, whose cache then holds so many tokens from
     the start, at least the longest prompt's and `length`; 0: eager, with a cache that grows.
     `own`: these prompts are this rank's share, whose draws are those that one process would make.
+    On a CPU rows that have ended are soon no longer computed. What the others draw is the same.
     """
     device = next(model.parameters()).device
     ids, mask = pad_left(prompts, device)
@@ -86,34 +90,42 @@ def sample(
         cache = fixed = FixedCache(inner, cache, prefix + compiled_width, present)
         compile_layers(inner, dynamic=False)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    running = torch.arange(len(prompts), device=device)  # which rows are computed
+    leaves_out = device.type == "cpu" and fixed is None and not together
     # read without waiting: on a GPU it holds the answer of some step before
     all_finished = torch.zeros((), dtype=torch.bool, pin_memory=device.type == "cuda")
-    tokens, logprobs = [], []
+    tokens = torch.full((len(prompts), length), -1, device=device)
+    logprobs = torch.zeros((len(prompts), length), device=device)
     with outside_layers_whole(model):
         for t in range(length):
             row = torch.log_softmax(out.logits[:, -1].float() / temperature, -1)
-            drawn = draw(row, generator, own)
-            tokens.append(drawn.masked_fill(finished.unsqueeze(-1), -1))
-            logprobs.append(row.gather(-1, drawn).masked_fill(finished.unsqueeze(-1), 0.0))
-            finished = finished | (drawn.squeeze(-1) == eos_id)
+            drawn = draw(row, uniforms(len(prompts), generator, own)[running])
+            ended = finished[running].unsqueeze(-1)
+            tokens[running, t] = drawn.masked_fill(ended, -1).squeeze(-1)
+            logprobs[running, t] = row.gather(-1, drawn).masked_fill(ended, 0.0).squeeze(-1)
+            finished[running] = (ended | (drawn == eos_id)).squeeze(-1)
             if together:
                 all_finished = ranks.largest((~finished).any().int()) == 0
             else:
                 all_finished.copy_(finished.all(), non_blocking=True)
             if t + 1 == length or bool(all_finished):
                 break
+            if leaves_out:
+                kept = (~finished[running]).nonzero().squeeze(-1)
+                if len(kept) <= (1 - ENDED_RATIO) * len(running):
+                    cache.batch_select_indices(kept)
+                    running, drawn = running[kept], drawn[kept]
+                    present, positions = present[kept], positions[kept]
             at = prefix + ids.shape[1] + t
             seen = present[:, : at + 1] if padded else None
             out = inner(
                 input_ids=drawn, attention_mask=seen if fixed is None else fixed.go_to(at),
                 position_ids=positions + t, past_key_values=cache, use_cache=True,
             )  # fmt: skip
-    rows = torch.cat(tokens, -1).tolist()  # waits for the device
+    rows = tokens.tolist()  # waits for the device
     completions = [tuple(token for token in row if token >= 0) for row in rows]
     longest = max(map(len, completions))
-    return Rollout(
-        list(prompts), completions, finished, torch.cat(logprobs, -1)[:, :longest].contiguous()
-    )
+    return Rollout(list(prompts), completions, finished, logprobs[:, :longest].contiguous())
 
 
 def joined(shares: Sequence[Rollout], device: torch.device) -> Rollout:
@@ -130,22 +142,27 @@ def joined(shares: Sequence[Rollout], device: torch.device) -> Rollout:
     )  # fmt: skip
 
 
-def draw(logprobs: torch.Tensor, generator: torch.Generator, own: Ranks = ALONE) -> torch.Tensor:
-    """(B, 1) indices drawn from (B, V) log-probabilities, by the inverse of their sum.
+def uniforms(rows: int, generator: torch.Generator, own: Ranks = ALONE) -> torch.Tensor:
+    """(rows, 1) float64 random numbers in [0, 1), on the generator's device.
 
-    A rank makes the random numbers of all and takes its own.
+    A rank makes those of all and takes its own.
+    """
+    random = torch.rand(
+        (rows * own.count, 1), dtype=torch.float64, device=generator.device, generator=generator
+    )
+    return random[own.rank * rows : (own.rank + 1) * rows]
+
+
+def draw(logprobs: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
+    """(B, 1) indices drawn from (B, V) log-probabilities, by the inverse of their sum at `random`.
 
     In float64, where no token is too unlikely to be drawn. `torch.multinomial` makes a random
     number for each of the V: at 8 x 49,152 it takes 15 ms on a CPU, this 1.
     """
     sums = logprobs.double().exp().cumsum(-1)
-    rows = len(sums)
-    random = torch.rand(
-        (rows * own.count, 1), dtype=torch.float64, device=sums.device, generator=generator
-    )  # fmt: skip
-    at = random[own.rank * rows : (own.rank + 1) * rows] * sums[:, -1:]
     # the first index whose sum is above: never one of probability 0
-    return torch.searchsorted(sums, at, right=True).clamp(max=sums.shape[1] - 1)
+    at = torch.searchsorted(sums, random * sums[:, -1:], right=True)
+    return at.clamp(max=sums.shape[1] - 1)
 
 
 class FewRowsLinear(torch.nn.Module):

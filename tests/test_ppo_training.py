@@ -182,7 +182,7 @@ def test_the_tree_of_token_steps_answers_as_the_model(name, adapter, monkeypatch
 def test_what_is_drawn_is_of_the_right_shape_and_never_impossible():
     logprobs = torch.log_softmax(torch.randn(3000, 50), -1)
     logprobs[:, ::2] = -math.inf
-    drawn = rollout.draw(logprobs, torch.Generator().manual_seed(0))
+    drawn = rollout.draw(logprobs, rollout.uniforms(3000, torch.Generator().manual_seed(0)))
     assert drawn.shape == (3000, 1)
     assert (drawn % 2 == 1).all()
 
@@ -200,6 +200,47 @@ def test_a_completion_ends_with_its_first_eos_and_nothing_counts_after_it():
         assert len(completion) == 30 or completion[-1] == EOS
         assert (logprobs[len(completion) :] == 0).all()
         assert (logprobs[: len(completion)] < 0).all()
+
+
+@pytest.mark.parametrize(("name", "adapter"), [("gpt2", "prefix"), ("llama", "lora")])
+def test_rows_that_have_ended_are_no_longer_computed_and_the_others_draw_the_same(
+    monkeypatch, name, adapter
+):
+    model, _, _ = start(name, adapter)
+    disturb(model)
+    model.eval()
+    prompts = [p.prompt for p in make_task().train] * 4
+    honest, rows = rollout.few_rows_tree, []
+
+    def tree(*arguments: Any) -> Any:
+        made = honest(*arguments)
+        step = made.forward
+
+        def forward(input_ids: torch.Tensor, **options: Any) -> Any:
+            rows.append(len(input_ids))
+            return step(input_ids=input_ids, **options)
+
+        made.forward = forward  # not a hook, which the model would share
+        return made
+
+    def sampled() -> rollout.Rollout:
+        rows.clear()
+        with torch.no_grad():
+            return rollout.sample(model, prompts, 30, 1.5, EOS, torch.Generator().manual_seed(0))
+
+    monkeypatch.setattr(rollout, "few_rows_tree", tree)
+    few, few_rows = sampled(), list(rows)
+    monkeypatch.setattr(rollout, "ENDED_RATIO", 2.0)
+    whole, whole_rows = sampled(), list(rows)
+    assert len({len(p) for p in prompts}) > 2
+    assert whole_rows == [len(prompts)] * len(whole_rows)
+    for step, count in enumerate(few_rows, start=1):
+        running = sum(len(c) > step for c in whole.completions)
+        assert running <= count < running / (1 - 0.25) + 1
+    assert sum(few_rows) < 0.95 * sum(whole_rows)
+    assert few.completions == whole.completions
+    assert torch.equal(few.ended, whole.ended)
+    assert (few.logprobs - whole.logprobs).abs().max() < 1e-5
 
 
 def test_sampling_is_from_the_scored_distribution():

@@ -25,7 +25,7 @@ from peftbench.measuring.gpu import PhaseReadings
 from peftbench.measuring.phases import PhaseReading
 from peftbench.preflight import impossible
 from peftbench.ranks import Ranks, check_alike
-from peftbench.rollout import Rollout, draw
+from peftbench.rollout import Rollout, draw, uniforms
 from peftbench.rounds import add_rank_readings
 from peftbench.sharding import (
     check_gradients,
@@ -348,7 +348,8 @@ def test_ranks_draw_what_one_process_would():
     logprobs = torch.log_softmax(torch.randn(6, 50, generator=torch.Generator().manual_seed(1)), -1)
 
     def drawn(rows: torch.Tensor, own: Ranks) -> list[int]:
-        return draw(rows, torch.Generator().manual_seed(7), own).flatten().tolist()
+        random = uniforms(len(rows), torch.Generator().manual_seed(7), own)
+        return draw(rows, random).flatten().tolist()
 
     whole = drawn(logprobs, Ranks())
     assert len(set(whole)) > 2
