@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
+from peftbench.head import label_logprobs
+
 if TYPE_CHECKING:
     from peftbench.data.task import TokenPair
 
@@ -59,6 +61,15 @@ class Batch:
     def completion_ids(self) -> torch.Tensor:
         """(R, C), padding included."""
         return self.input_ids[:, -self.completion_length :]
+
+    def inputs(self) -> dict[str, torch.Tensor | None]:
+        """What a model is called with. Without padding there is nothing to mask beyond causality,
+        and positions count from 0."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask if self.padded else None,
+            "position_ids": self.position_ids if self.padded else None,
+        }
 
     def pair_logprobs(self, model: Any, with_prompt: bool = False) -> PairLogprobs:
         """Of a batch of `both` sides."""
@@ -127,14 +138,7 @@ def forward_logits(model: Any, batch: Batch, tokens: int) -> torch.Tensor:
     Those at column t predict column t + 1; the head runs on these columns only.
     """
     kept = last_columns(batch.input_ids, tokens + 1)[:-1]
-    # without padding there is nothing to mask beyond causality, and positions count from 0
-    logits: torch.Tensor = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask if batch.padded else None,
-        position_ids=batch.position_ids if batch.padded else None,
-        logits_to_keep=kept,
-        use_cache=False,
-    ).logits
+    logits: torch.Tensor = model(**batch.inputs(), logits_to_keep=kept, use_cache=False).logits
     # A model that ignores `logits_to_keep` answers for every column. Where it does not, no slice
     # is taken: the backward pass of one fills a tensor of the logits' size with zeros.
     return logits if logits.shape[1] == tokens else logits[:, -tokens - 1 : -1]
@@ -150,24 +154,21 @@ def last_columns(ids: torch.Tensor, columns: int) -> torch.Tensor:
     return torch.arange(ids.shape[1] - columns, ids.shape[1], device=ids.device)
 
 
-def token_logprobs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """log p(label), in float32 nats; logits (..., V), labels (...) without IGNORE_INDEX."""
-    return -torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, -2), labels.flatten(), reduction="none"
-    ).view(labels.shape)
+def last_logprobs(model: Any, batch: Batch, tokens: int) -> torch.Tensor:
+    """log p of the last `tokens` columns, (R, tokens) float32 nats, padding included."""
+    kept = last_columns(batch.input_ids, tokens + 1)[:-1]
+    return label_logprobs(model, batch.input_ids[:, -tokens:], kept, **batch.inputs())
 
 
 def completion_logprobs(model: Any, batch: Batch) -> torch.Tensor:
     """log p(completion token | all before it), (R, C) float32; 0 at padding."""
-    logits = forward_logits(model, batch, batch.completion_length)
-    return token_logprobs(logits, batch.completion_ids) * batch.completion_mask
+    return last_logprobs(model, batch, batch.completion_length) * batch.completion_mask
 
 
 def sequence_logprobs(model: Any, batch: Batch) -> torch.Tensor:
     """log p of every token but a row's first, (R, P + C - 1) float32; 0 where nothing is scored."""
-    logits = forward_logits(model, batch, batch.input_ids.shape[1] - 1)
     scored = batch.attention_mask[:, 1:].bool() & batch.attention_mask[:, :-1].bool()
-    return token_logprobs(logits, batch.input_ids[:, 1:]) * scored
+    return last_logprobs(model, batch, batch.input_ids.shape[1] - 1) * scored
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

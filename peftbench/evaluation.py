@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftbench import rollout
-from peftbench.batches import collate, completion_logprobs, last_columns, token_logprobs
+from peftbench.batches import collate, completion_logprobs, last_columns
 from peftbench.data.task import TokenPair, TokenTask
 from peftbench.harness import TaskScore
+from peftbench.head import token_logprobs
 
 if TYPE_CHECKING:
     from peftbench.batches import Sides

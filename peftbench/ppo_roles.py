@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftbench import adapters
-from peftbench.batches import Batch, forward_logits, token_logprobs
+from peftbench.batches import Batch, forward_logits
 from peftbench.data.task import TokenTask
+from peftbench.head import token_logprobs
 from peftbench.methods.reward import RewardFunction, named_reward
 from peftbench.reward_model import ScalarModel, scalars, train_reward_model, trunk_of
 from peftbench.sharding import own_slice

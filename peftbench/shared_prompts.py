@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftbench.batches import PairLogprobs, collate, token_logprobs
+from peftbench.batches import PairLogprobs, collate
+from peftbench.head import label_logprobs
 from peftbench.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -75,17 +76,10 @@ class SharedBatch:
         """As of a Batch of the same pairs."""
         P, C = self.prompt_length, self.completion_length
         columns = self.predictors(with_prompt)
-        logits = model(
-            input_ids=self.input_ids,
-            attention_mask=self.attention_mask(),
-            position_ids=self.position_ids,
-            logits_to_keep=columns,
-            use_cache=False,
-        ).logits
-        if logits.shape[1] != len(columns):  # a model that answers for every column
-            logits = logits[:, columns]
-        labels = self.input_ids[:, -len(columns) :]
-        logprobs = token_logprobs(logits, labels)
+        logprobs = label_logprobs(
+            model, self.input_ids[:, -len(columns) :], columns, input_ids=self.input_ids,
+            attention_mask=self.attention_mask(), position_ids=self.position_ids,
+        )  # fmt: skip
         sides = torch.cat(logprobs[:, -2 * C :].chunk(2, dim=1)) * self.completion_mask
         if not with_prompt:
             return PairLogprobs(sides)

@@ -20,7 +20,7 @@ CHILD_ONLY = {
     "rollout", "reward_model", "ppo_roles", "ppo_training", "ppo_values",
     # and those of a command that trains or answers in its own process
     "checkpoint", "chat", "inference", "agreement", "compiling", "shared_prompts", "ranks",
-    "sharding",
+    "sharding", "head",
 }  # fmt: skip
 
 LAYERS = [
@@ -37,6 +37,7 @@ LAYERS = [
     {"case", "record", "data.task", "measuring.host", "progress", "summary", "provenance"},
     {
         "agreement",
+        "head",
         "data.tinywiki",
         "data.wikipedia",
         "data.tokens",

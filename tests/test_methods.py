@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import peftbench.methods
-from peftbench.batches import collate, masked_mean, token_counts, token_logprobs
+from peftbench.batches import collate, masked_mean, token_counts
 from peftbench.data.task import TokenPair
+from peftbench.head import token_logprobs
 from peftbench.methods import METHODS, stages
 from peftbench.methods.dpo import dpo_loss
 from peftbench.methods.orpo import log1m_exp, odds_ratio_loss, orpo_loss
