@@ -20,13 +20,14 @@ def pytest_configure():
     pytest-benchmark would then measure nothing.
 
     Each worker has one thread: two with a thread for every core wait for one another at each
-    product, and the tests take three times as long. The cases' own children set theirs.
+    product, and the tests take three times as long. What is trained in a worker sets its own
+    threads: they sleep where they wait for one another, and do not keep the others' core.
     """
     workers = [n for n in os.environ if n.startswith("PYTEST_XDIST_")]
     for name in workers:
         del os.environ[name]
     if workers:
-        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
 @pytest.hookimpl(hookwrapper=True)
