@@ -23,6 +23,7 @@ def test_false_discovery_rate_is_scipys():
 def test_mcnemar_is_the_binomial_tail():
     # 7 pairs lost and 2 won: P(X >= 7), X ~ B(9, 1/2) = (36 + 9 + 1) / 512
     assert s.mcnemar_p(7, 2) == pytest.approx(46 / 512)
+    assert s.mcnemar_p(1, 2) == pytest.approx(7 / 8)
     assert s.mcnemar_p(0, 5) == 1.0
 
 
@@ -41,6 +42,24 @@ def test_prediction_by_hand():
     assert found.estimate[0] == 3.0
     assert found.df[0] == 9
     assert found.se[0] == pytest.approx(np.sqrt(variance * (1 + 1.57 / 5)))
+
+
+def test_cases_far_apart_are_each_about_their_own_centre():
+    # variances 1, 4 and 100: the suite's is the median case's; centres 10, 20 and -30
+    centres, sizes = np.array([10.0, 20.0, -30.0]), np.array([1.0, 2.0, 10.0])
+    history = centres + np.array([-1.0, -1.0, 0.0, 1.0, 1.0])[:, None] * sizes
+    found = s.predict(history, centres + 3)
+    assert found.centre.tolist() == centres.tolist()
+    assert found.estimate.tolist() == [3.0, 3.0, 3.0]
+    assert found.session_means.tolist() == pytest.approx([-13 / 3, -13 / 3, 0, 13 / 3, 13 / 3])
+    suite = 4 / (1 - 2 / 36) ** 3
+    assert found.sd.tolist() == pytest.approx(np.sqrt((5 * suite + 4 * sizes**2) / 9).tolist())
+
+
+def test_a_history_of_which_most_is_one_value_keeps_its_spread():
+    # the median distance is 0: drawn in to there, a case that moved would have no spread at all
+    own = s.winsorised_variance(np.array([0.0, 0.0, 0.0, 1.0])[:, None])
+    assert own[0] == pytest.approx(1 / 3)
 
 
 def test_gaps_are_left_out_and_a_short_history_predicts_nothing():
@@ -63,6 +82,26 @@ def test_only_what_sentinels_show_is_the_machines():
     cases = np.array([0.05, 0.05, 0.05, -0.02, 0.02])
     sentinels = np.array([0.05, 0.0, 0.01, 0.03, 0.04])
     assert s.shared(cases, sentinels).tolist() == [0.05, 0.0, 0.01, 0.0, 0.02]
+    # half of it is enough, less is not
+    cases, sentinels = np.array([0.04, 0.05, 0.05]), np.array([0.02, 0.03, 0.02])
+    assert s.shared(cases, sentinels).tolist() == [0.04, 0.05, 0.02]
+
+
+def test_weighted_median_by_hand():
+    values = np.array([3.0, 1.0, np.nan, 2.0])
+    for weights, expected in (
+        ([1.0, 1.0, 9.0, 1.0], 2.0), ([2.0, 1.0, 9.0, 1.0], 2.5), ([1.0, 3.0, 9.0, 1.0], 1.0),
+        ([3.0, 1.0, 9.0, 1.0], 3.0),
+    ):  # fmt: skip
+        assert s.weighted_median(values, np.array(weights)) == expected
+    assert np.isnan(s.weighted_median(values[2:3], np.ones(1)))
+
+
+def test_the_steadiest_sentinel_outweighs_shaky_ones():
+    steps = np.array([-1.0, 0.0, 1.0])[:, None]
+    history = np.array([1.0, 2.0, 3.0]) + steps * np.array([0.01, 0.1, 0.1])
+    shift = s.sentinel_shift(history, np.array([1.0, 2.5, 3.5]))
+    assert shift.tolist() == pytest.approx([-0.01, 0.0, 0.01, 0.0])
 
 
 def test_a_sentinel_gone_mad_moves_nothing():
@@ -75,6 +114,9 @@ def test_minimum_detectable_effect_is_detected_four_times_in_five():
     rng, margin = np.random.default_rng(2), np.full(1, 0.01)
     se, df = np.full(1, 0.01), np.full(1, 30.0)
     effect = s.minimum_detectable(se, df, margin, tests=1)[0]
+    # as one of 20 tests it must be beyond the quantile of a twentieth of the rate
+    reach = stats.t.isf(0.05 / 20, 30) + stats.t.ppf(0.8, 30)
+    assert s.minimum_detectable(se, df, margin, tests=20)[0] == pytest.approx(0.01 * reach)
     found = 0
     for _ in range(4000):
         drawn = rng.chisquare(30) / 30
@@ -92,6 +134,28 @@ def test_pairs_take_the_spread_of_seeds_out():
     suite = 1e-6 / (1 - 2 / 18) ** 3
     assert se[0] == pytest.approx(np.sqrt((8 * suite + 2 * 1e-6) / 10 / 3))
     assert df[0] == 10
+
+
+def test_pairs_are_judged_by_their_own_methods_spread():
+    """Four cases are enough for a group; fewer take the spread of all, a median of its cases."""
+    spreads = [1.0, 2.0, 3.0, 4.0, 10.0, 20.0, 30.0]
+    differences = [np.array([-x, 0.0, x]) for x in spreads]  # variances: squares of the spreads
+    _, se, df = s.paired(differences, ["sft"] * 4 + ["ppo"] * 3)
+    unbiased = (1 - 2 / 18) ** 3
+    for index, suite in ((0, (4 + 9) / 2), (6, 16)):
+        variance = (8 * suite / unbiased + 2 * spreads[index] ** 2) / 10
+        assert se[index] == pytest.approx(np.sqrt(variance / 3))
+    assert df.tolist() == [10.0] * 7
+
+
+def test_one_seed_is_judged_by_the_spread_of_its_cases():
+    differences = [np.array([x]) for x in (0.0, 0.1, 0.2, 0.3, 1.0)]
+    mean, se, df = s.paired(differences)
+    assert mean.tolist() == [0.0, 0.1, 0.2, 0.3, 1.0]
+    # the median is 0.2, the distances 0.2, 0.1, 0, 0.1, 0.8
+    assert se.tolist() == pytest.approx([1.4826 * 0.1] * 5)
+    assert df.tolist() == [8.0] * 5
+    assert np.isnan(s.paired(differences[:4])[1]).all()
 
 
 def test_a_second_session_that_disagrees_takes_a_regression_back():
