@@ -48,6 +48,7 @@ from peftbench.measuring.flops import count_flops
 from peftbench.measuring.phases import Phases
 from peftbench.measuring.sentinels import time_sentinels
 from peftbench.methods import METHODS, samples_completions, stages, uses_ppo
+from peftbench.methods.reward import check_truth_is_known
 from peftbench.out_of_memory import is_out_of_memory
 from peftbench.quantization import Quantization, quantization_of, quantized_layers
 from peftbench.record import FORMAT, measured
@@ -432,6 +433,10 @@ def train(
     from peftbench import ppo_roles, ppo_training, training, trl_engine
 
     settings, (*before, last) = case.settings, stages(case.method)
+    if last == "ppo" and settings.reward == "true" and tokenizer is not None:
+        check_truth_is_known(
+            tokenizer, [pair.prompt for pair in task.train], settings.prompt_length
+        )
     reference = reference_of(model, case)
     if before:
         gate.stage("sft")

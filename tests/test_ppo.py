@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
+from peftbench.data import tinywiki
 from peftbench.errors import InvalidTrainingError, UserError
 from peftbench.methods import ppo, reward
+from peftbench.models import load_tokenizer
 
 # rows of 3 and 1 completion tokens
 MASK = torch.tensor([[True, True, True], [True, False, False]])
@@ -163,6 +165,15 @@ def test_named_rewards():
     assert reward.named_reward("none", None)([[1]], [[2]]).tolist() == [0.0]
     with pytest.raises(UserError, match="judges text"):
         reward.named_reward("true", None)
+
+
+def test_the_true_reward_refuses_prompts_that_lost_their_subject():
+    tokenizer = load_tokenizer("tiny-gpt2", "pretrained")
+    (pair,) = tinywiki.pairs(1, "train", 1, seed=0)
+    whole = tokenizer(pair.prompt)["input_ids"]
+    reward.check_truth_is_known(tokenizer, [whole], len(whole))
+    with pytest.raises(UserError, match="prompt_length 8 cuts off whom a prompt is about"):
+        reward.check_truth_is_known(tokenizer, [whole, whole[-8:]], 8)
 
 
 def test_a_tie_is_half_a_win():

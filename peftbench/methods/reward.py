@@ -101,6 +101,17 @@ def truth_is_known(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequenc
     return all(names_its_subject(text_of(tokenizer, prompt)) for prompt in prompts)
 
 
+def check_truth_is_known(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], prompt_length: int
+) -> None:
+    """Raises: UserError where the reward `true` could not judge a completion of these prompts."""
+    if not truth_is_known(tokenizer, prompts):
+        raise UserError(
+            f"prompt_length {prompt_length} cuts off whom a prompt is about, which reward 'true'"
+            " must know; raise it"
+        )
+
+
 def true_statement_ratios(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
