@@ -157,6 +157,20 @@ def test_no_tensor_of_the_logits_size_waits_for_the_backward_pass():
     assert kept_logits()
 
 
+def test_no_more_rows_at_a_time_than_the_part_holds(monkeypatch, parts_of_five_rows):
+    rows: list[int] = []
+    honest = torch.nn.functional.linear
+
+    def linear(x: torch.Tensor, *others: Any) -> torch.Tensor:
+        rows.append(len(x))
+        return honest(x, *others)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    hidden, weight = torch.randn(3, 4, 8), torch.randn(VOCABULARY, 8)
+    LabelLogprobs.apply(hidden, weight, None, torch.zeros(3, 4, dtype=torch.long))
+    assert rows == [5, 5, 2]
+
+
 def test_a_head_that_trains_has_its_gradient_and_without_gradients_needs_no_logits(counted):
     model = make("gpt2").requires_grad_(True)
     batch = collate(PAIRS, "chosen")
