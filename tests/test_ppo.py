@@ -73,8 +73,8 @@ def test_whitening_uses_the_biased_variance_of_the_tokens_that_count():
 
 def test_policy_loss_by_hand():
     # ratios 1.5 and 0.5 (clipped to 1.2 and 0.8), both with A = 2 and then with A = -2
-    logprobs = torch.tensor([[1.5, 0.5, 1.5, 0.5, 9.0]]).log()
-    old = torch.zeros(1, 5)
+    old = torch.tensor([[-1.0, -2.0, -0.5, -3.0, -1.0]])
+    logprobs = old + torch.tensor([[1.5, 0.5, 1.5, 0.5, 9.0]]).log()
     advantages = torch.tensor([[2.0, 2.0, -2.0, -2.0, 5.0]])
     mask = torch.tensor([[True, True, True, True, False]])
     # max(-3, -2.4) = -2.4; max(-1, -1.6) = -1; max(3, 2.4) = 3; max(1, 1.6) = 1.6
