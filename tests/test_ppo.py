@@ -85,10 +85,10 @@ def test_policy_loss_by_hand():
 
 
 def test_value_loss_by_hand():
-    values, old = torch.tensor([[1.0, 0.1, 9.0]]), torch.tensor([[0.0, 0.0, 0.0]])
-    returns = torch.tensor([[2.0, -1.0, 0.0]])
+    values, old = torch.tensor([[6.0, -2.9, 9.0]]), torch.tensor([[5.0, -3.0, 0.0]])
+    returns = torch.tensor([[7.0, -4.0, 0.0]])
     mask = torch.tensor([[True, True, False]])
-    # first: (1-2)^2 = 1 against (0.2-2)^2 = 3.24; second: 1.1^2 = 1.21 both ways
+    # first: (6-7)^2 = 1 against (5.2-7)^2 = 3.24; second: 1.1^2 = 1.21 both ways
     loss = ppo.value_loss(values, old, returns, mask, 0.2, tokens=2)
     assert loss.item() == pytest.approx(0.5 * (3.24 + 1.21) / 2)
 
@@ -162,6 +162,10 @@ def test_named_rewards():
     toy = reward.named_reward("count-token", None)
     token = reward.COUNTED_TOKEN_ID
     assert toy([[1], [1]], [[token, 0, token, 0], [0]]).tolist() == [0.5, 0.0]
+    tokenizer = load_tokenizer("tiny-gpt2", "pretrained")
+    first, *_ = tokenizer(reward.COUNTED_WORD)["input_ids"]
+    found = reward.named_reward("count-token", tokenizer)([[1]], [[first, first, first + 1]])
+    assert found.tolist() == [pytest.approx(2 / 3)]
     assert reward.named_reward("none", None)([[1]], [[2]]).tolist() == [0.0]
     with pytest.raises(UserError, match="judges text"):
         reward.named_reward("true", None)
