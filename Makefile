@@ -116,6 +116,7 @@ build:
 # one line for what was left out; what is unknown, peftbench itself says
 .PHONY: named
 named:
+	@test -n "$(MODEL)$(PEFT)" || { echo "peftbench: PEFT and MODEL are missing; for example: make train PEFT=lora MODEL=gpt-2 ('peftbench list' has the names)" >&2; exit 2; }
 	@test -n "$(MODEL)" || { echo "peftbench: MODEL is missing; for example: make train PEFT=lora MODEL=gpt-2 ('peftbench list' has the names)" >&2; exit 2; }
 	@test -n "$(PEFT)" || { echo "peftbench: PEFT is missing; for example: make train PEFT=lora MODEL=$(MODEL) ('peftbench list' has the names)" >&2; exit 2; }
 

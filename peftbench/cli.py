@@ -17,6 +17,7 @@ from peftbench import __version__, provenance
 from peftbench.data import assets
 from peftbench.errors import UserError, check_names
 from peftbench.hub import hub_token
+from peftbench.progress import counted
 from peftbench.record import dumps
 from peftbench.setting_options import size
 from peftbench.show import (
@@ -354,7 +355,7 @@ def merge_shards(options: argparse.Namespace) -> None:
 def export_table(options: argparse.Namespace) -> None:
     from peftbench.export import export
 
-    print(f"{export(options.files, options.output)} rounds in {options.output}")
+    print(f"{counted(export(options.files, options.output), 'round')} in {options.output}")
 
 
 def main(arguments: list[str] | None = None) -> int:

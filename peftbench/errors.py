@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST_NAMES = 24  # that are listed in an error
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: one line with the problem, the value, and what to do next.
@@ -23,11 +25,12 @@ class InvalidInferenceError(RuntimeError):
 
 
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> UserError:
-    """The error for a name that no table has, with the nearest names first."""
+    """The error for a name that no table has, with the nearest names first; of many not all."""
     names = sorted(allowed)
+    shown = names if len(names) <= MOST_NAMES else [*names[:5], f"... ({len(names)} in all)"]
     near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return UserError(f"unknown {kind} {name!r}; {hint}choose from: {', '.join(names)}")
+    return UserError(f"unknown {kind} {name!r}; {hint}choose from: {', '.join(shown)}")
 
 
 def check_names(kind: str, names: Iterable[str], table: Iterable[str]) -> None:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 5.0  # of one question to the Hub in the pre-flight check
 OFFLINE_CHOICES = (
-    "without the Hub: --models tiny-gpt2,tiny-llama, a local folder,"
-    " or gpt-2 / llama-7b with --weights random"
+    "without the Hub there are tiny-gpt2 and tiny-llama, local folders,"
+    " and gpt-2 / llama-7b with --weights random"
 )
 
 

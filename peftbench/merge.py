@@ -8,7 +8,7 @@ from typing import Any
 
 from peftbench.errors import UserError
 from peftbench.record import dumps, write_atomically
-from peftbench.result_files import case_records, read_json, reading, session_part
+from peftbench.result_files import GIVE_FILE, case_records, read_json, reading, session_part
 from peftbench.resume import provenance_difference
 
 
@@ -46,8 +46,8 @@ def merge(paths: Sequence[Path], output: Path, *, partial: bool = False) -> int:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    data = read_json(path)
-    with reading(path):
+    data = read_json(path, GIVE_FILE)
+    with reading(path, give=GIVE_FILE):
         case_records(data)
         if not isinstance(session_part(data).get("shard"), dict):
             raise UserError("is no shard: it was not run with --shard")

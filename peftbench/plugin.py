@@ -21,7 +21,7 @@ from peftbench.methods import INFER, METHODS
 from peftbench.metrics import METRICS, kind_of
 from peftbench.preflight import impossible, preflight, preflight_inference
 from peftbench.privacy import without_secrets
-from peftbench.progress import Progress
+from peftbench.progress import Progress, counted
 from peftbench.record import FORMAT, dumps, write_atomically
 from peftbench.round_reports import report_rounds
 from peftbench.rounds import run_case
@@ -447,7 +447,7 @@ def pytest_terminal_summary(
     session = config.stash.get(SESSION, None)
     if session is None or not session.rows:
         return
-    terminalreporter.section(f"peftbench: {len(session.rows)} cases")
+    terminalreporter.section(f"peftbench: {counted(len(session.rows), 'case')}")
     for line in summary_lines(session.rows):
         terminalreporter.write_line(line)
     kept = f"each round is kept in {session.folder}"

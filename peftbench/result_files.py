@@ -12,13 +12,15 @@ import orjson
 
 from peftbench import __version__
 from peftbench.errors import UserError
+from peftbench.metrics import METRICS
 from peftbench.record import FORMAT
 
-GIVE = "give a file that `pytest bench --benchmark-json=FILE` wrote, or a folder of them"
+GIVE_FILE = "give a file that `pytest bench --benchmark-json=FILE` wrote"
+GIVE = f"{GIVE_FILE}, or a folder of them"
 
 
-def read_json(path: Path) -> Any:
-    """Raises: UserError for what cannot be read or is no JSON.
+def read_json(path: Path, give: str = GIVE) -> Any:
+    """Raises: UserError for what cannot be read or is no JSON; it ends with what to `give` instead.
 
     NaN and infinities, which are no JSON, are read: who compares says where they stand.
     """
@@ -29,22 +31,22 @@ def read_json(path: Path) -> Any:
         except orjson.JSONDecodeError:
             return json.loads(content.decode("utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read {str(path)!r} ({error.strerror}); {GIVE}") from None
+        raise UserError(f"cannot read {str(path)!r} ({error.strerror}); {give}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{str(path)!r} is not JSON ({error}); {GIVE}") from None
+        raise UserError(f"{str(path)!r} is not JSON ({error}); {give}") from None
 
 
 @contextmanager
-def reading(*paths: Path) -> Iterator[None]:
+def reading(*paths: Path, give: str = GIVE) -> Iterator[None]:
     """What goes wrong inside is a UserError that names the files and says what to give instead."""
     names = ", ".join(repr(str(path)) for path in paths)
     try:
         yield
     except UserError as error:
-        raise UserError(f"{names} {error}; {GIVE}") from None
+        raise UserError(f"{names} {error}; {give}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         detail = f"{type(error).__name__}: {error}"
-        raise UserError(f"{names} is damaged ({detail}); {GIVE}") from None
+        raise UserError(f"{names} is damaged ({detail}); {give}") from None
 
 
 def session_part(data: Any) -> dict[str, Any]:
@@ -56,8 +58,9 @@ def session_part(data: Any) -> dict[str, Any]:
 def case_records(data: Any) -> list[dict[str, Any]]:
     """The record of every case, in the file's order; what did not end ok has its short row.
 
-    Raises: UserError, without the file's name, for JSON that is not ours, newer, or without a case;
-    KeyError, TypeError or AttributeError for ours that is damaged.
+    Raises: UserError, without the file's name, for JSON that is not ours, newer, without a case, or
+    with one that is ok and has no numbers; KeyError, TypeError or AttributeError for ours that is
+    damaged otherwise.
     """
     ours = data.get("peftbench") if isinstance(data, dict) else None
     if isinstance(ours, dict) and "format" in ours:
@@ -74,6 +77,10 @@ def case_records(data: Any) -> list[dict[str, Any]]:
         raise UserError("is JSON, but not of peftbench")
     if not records:
         raise UserError("holds no case: the run ended before its first one")
+    for record in records:
+        measured = record.get("rounds") or [record]
+        if record["status"] == "ok" and not any(name in r for r in measured for name in METRICS):
+            raise UserError(f"is damaged: {record['case_id']} is ok but has no record in it")
     return records
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from peftbench import trackers
 from peftbench.errors import UserError
+from peftbench.progress import counted
 from peftbench.resume import round_of
 
 REPORTED = "reported.txt"  # a line for each tracker and round that it has
@@ -43,7 +44,7 @@ def report_to(name: str, folder: Path, rounds: dict[str, dict[str, Any]]) -> str
             told += 1
     except UserError as error:
         return f"{error}; {told} of {len(todo)} rounds told, --resume {folder.name} tells the rest"
-    return f"{name}: {told} rounds told"
+    return f"{name}: {counted(told, 'round')} told"
 
 
 def report_round(name: str, folder: Path, record: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from typing import Any
 
 from peftbench.metrics import VARIANTS, kind_of
@@ -21,6 +23,31 @@ def table(header: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
         ).rstrip()
 
     return [line(header), line(["-" * w for w in widths]), *(line(r) for r in rows)]
+
+
+def fitted(
+    header: list[str], rows: list[list[str]], spare: Sequence[str], left: int = 1
+) -> list[str]:
+    """The table without as many columns of `spare`, from its first on, as the terminal is too
+    narrow for, and a line that names them; whole where nothing says how wide the output is.
+
+    A last cell may be a sentence, which a terminal wraps: what counts of it is its header.
+    """
+    width = shutil.get_terminal_size((0, 0)).columns
+    cut: list[str] = []
+    while width and len(cut) < len(spare) and _cells_width(header, rows) > width:
+        cut.append(spare[len(cut)])
+        at = header.index(cut[-1])
+        header, *rows = ([*cells[:at], *cells[at + 1 :]] for cells in [header, *rows])
+    lines = table(header, rows, left)
+    if cut:
+        lines.append(f"too wide for {width} columns: {', '.join(cut)} (`peftbench show FILE CASE`)")
+    return lines
+
+
+def _cells_width(header: list[str], rows: list[list[str]]) -> int:
+    columns = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header) - 1)]
+    return sum(w + 2 for w in columns) + len(header[-1])
 
 
 def _arrow(before: float | None, after: float | None, form: str) -> str:
@@ -145,7 +172,8 @@ def inference_notes(rows: list[dict[str, Any]]) -> list[str]:
 def inference_lines(rows: list[dict[str, Any]]) -> list[str]:
     """The table of the inference cases and its notes."""
     lines = [cells for row in rows for cells in inference_cells(row)]
-    return [*table(INFERENCE_HEADER, lines, left=2), "", *inference_notes(rows)]
+    spare = ("weights MiB", "peak MiB", "prefill tokens/s", "prefill time x base")
+    return [*fitted(INFERENCE_HEADER, lines, spare, left=2), "", *inference_notes(rows)]
 
 
 def training_lines(rows: list[dict[str, Any]]) -> list[str]:
@@ -181,4 +209,5 @@ def training_lines(rows: list[dict[str, Any]]) -> list[str]:
             )
     notes += [f"{r['case_id']}  {line}" for r in ok for line in task_lines(r.get("tasks") or {})]
     notes += [f"{r['case_id']} was disturbed: {d}" for r in ok for d in r["disturbances"]]
-    return [*table(header, lines), "", *notes]
+    spare = ("share", "trainable", "tokens/s", "peak MiB")
+    return [*fitted(header, lines, spare), "", *notes]

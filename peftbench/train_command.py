@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from peftbench.data.task import TokenTask
 
 FINISHED = "training.json"  # what was trained, how, and what came of it: written last
+ANEW = "begin anew with --overwrite"
 BEGUN = "begun.json"  # the case, what the base scored, the trackers' run: from the start
 SHOW_EVERY_S = 10.0  # of progress where it does not go to a terminal
 
@@ -188,7 +189,7 @@ def tracked(
     A resumed training goes on in the runs of the interrupted one.
     Raises: UserError where a tracker cannot start.
     """
-    begun, where = read_json(folder / BEGUN), provenance.describe()
+    begun, where = read_json(folder / BEGUN, ANEW), provenance.describe()
     resumed = any(checkpoint_file(folder, stage).is_file() for stage in stages(case.method))
     config = configuration(begun["case"], case.hash, where, device=device_type)
     opened = LiveRun(case.method, say)
@@ -228,13 +229,14 @@ def prepare_folder(folder: Path, case: Case, *, resume: bool, overwrite: bool) -
         )
     identity = case.public().to_dict()
     if files:
-        before, now = read_json(folder / BEGUN)["case"], identity
+        before, now = read_json(folder / BEGUN, ANEW)["case"], identity
         if changed := differences(before, now):
             raise UserError(
                 f"{str(folder)!r} was begun with {'; '.join(changed)}: give the same,"
                 " or --overwrite"
             )
         remove_half_written(folder)
+        standing(folder, case)  # raises for a damaged checkpoint now, not after the base's scores
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -285,7 +287,7 @@ def base_quality(
     """What the model scores before any training; kept, so that a resumed run need not ask again."""
     if not case.settings.measures_quality:
         return None
-    begun = read_json(folder / BEGUN)
+    begun = read_json(folder / BEGUN, ANEW)
     if begun["base"] is not None:
         return Quality.from_dict(begun["base"])
     say("evaluating the base ...")

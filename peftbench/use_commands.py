@@ -34,6 +34,7 @@ from peftbench.setting_options import SETTING_OPTIONS, TRAIN_OPTIONS, add_settin
 
 TRAINED = Path("output/train")
 BENCH_JSON = Path("output/run.json")
+LEAST_MEMORY_BYTES = 2**20  # less is a unit that was left out
 DIVERGED, OUT_OF_MEMORY, STOPPED = 5, 6, 130
 
 
@@ -103,6 +104,8 @@ def add_fit_command(commands: Any) -> None:
                      help="random (the default) needs no download and costs the same")  # fmt: skip
     fit.add_argument("--device", choices=CHOICES["device"], default="auto")
     fit.add_argument("--dtype", choices=CHOICES["dtype"], help="default: bfloat16 with CUDA")
+    fit.add_argument("--threads", type=int, default=0, metavar="N",
+                     help="CPU threads of a probe (default: all cores)")  # fmt: skip
     fit.add_argument("--results", nargs="+", type=Path, default=[], metavar="FILE",
                      help="records in which the qualities of this model stand")  # fmt: skip
     fit.add_argument("--case-timeout", type=float, default=600.0, metavar="SECONDS")
@@ -202,6 +205,10 @@ def fit_into(options: argparse.Namespace) -> int:
     from peftbench.preflight import preflight
     from peftbench.provenance import torch_cuda_version
 
+    if options.memory < LEAST_MEMORY_BYTES:
+        raise UserError(
+            f"--memory is {options.memory} bytes; give at least 1MiB, for example 24GiB"
+        )
     adapters, methods = options.adapters.split(","), options.methods.split(",")
     check_names("adapter", adapters, ADAPTERS)
     check_names("method", methods, METHODS)
@@ -214,7 +221,7 @@ def fit_into(options: argparse.Namespace) -> int:
     dtype = options.dtype or ("bfloat16" if torch_cuda_version() else "float32")
     settings = Settings(
         device=options.device, dtype=dtype, weights=options.weights, data="synthetic",
-        eval_context=min(lengths), eval_stride=1,
+        threads=options.threads, eval_context=min(lengths), eval_stride=1,
     )  # fmt: skip
     asked = choices(adapters, methods, lengths)
     check_asked(options.model, options.weights, asked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -208,6 +209,29 @@ def test_an_adapter_is_found_by_folder_and_by_name(trainings, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             find_trained(model, adapter, trainings)
+
+
+@pytest.mark.parametrize("harm", ["weights cut", "no weights"])
+def test_an_adapter_that_is_damaged_is_one_line(trainings, tmp_path, harm):
+    folder = tmp_path / "adapter"
+    shutil.copytree(trainings / "tiny-gpt2-lora-sft", folder)
+    weights = folder / "adapter_model.safetensors"
+    if harm == "weights cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        weights.unlink()
+    with pytest.raises(UserError, match=r"the adapter in '.*/adapter' cannot be read: "):
+        chat.with_adapter(load("tiny-gpt2"), folder)
+
+
+def test_a_damaged_note_of_a_training_is_said_once(trainings, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(trainings / "tiny-gpt2-lora-sft", folder)
+    (folder / "training.json").write_text("{")
+    with pytest.raises(UserError) as caught:
+        find_trained("tiny-gpt2", str(folder), tmp_path)
+    assert str(caught.value).count("training.json") == 1
+    assert str(caught.value).endswith("; give a folder that `peftbench train` wrote")
 
 
 def test_an_adapter_of_another_model_is_one_line(trainings, tmp_path):

@@ -34,6 +34,14 @@ def tokens(n: int) -> list[int]:
     return torch.randint(0, 97, (n,), generator=generator).tolist()
 
 
+def greedy(model, ids: list[int], n: int, context: int) -> list[int]:
+    """`ids` continued to `n` with the most likely token after the last `context - 1`."""
+    with torch.no_grad():
+        while len(ids) < n:
+            ids = [*ids, model(torch.tensor([ids[1 - context :]])).logits[0, -1].argmax().item()]
+    return ids
+
+
 @pytest.mark.parametrize(
     ("n", "context", "stride"), [(100, 16, 8), (65, 64, 1), (17, 16, 5), (9, 32, 4)]
 )
@@ -49,7 +57,8 @@ def test_each_token_but_the_first_is_scored_once(n, context, stride):
 
 def test_text_score_equals_token_by_token_scoring(model):
     """Every scored token predicted alone from its own window, with plain transformers calls."""
-    ids, context, stride = tokens(50), 12, 5
+    context, stride = 12, 5
+    ids = greedy(model, tokens(1), 50, context)  # of random ids it would get none right
     score = evaluation.score_text(model, ids, context, stride, batch_size=3)
     expected = correct = 0.0
     for start, end, first in evaluation.text_windows(len(ids), context, stride):
@@ -61,6 +70,7 @@ def test_text_score_equals_token_by_token_scoring(model):
     assert sum(score.window_nll) == pytest.approx(expected, rel=1e-5)
     assert sum(score.window_tokens) == 49
     assert score.correct_tokens == correct
+    assert correct > 5
 
 
 def test_pair_score_equals_scoring_each_row_alone_without_padding(model):
@@ -83,23 +93,27 @@ def test_pair_score_equals_scoring_each_row_alone_without_padding(model):
 
 def test_accuracy_compares_mean_not_summed_logprobs():
     # sums say rejected (-4 < -3) but a token of chosen has -1 and one of rejected -3
-    score = PairScore([-4.0, -1.0], [-3.0, -2.0], [4, 1], [1, 4])
-    assert score.correct() == [True, False]  # second: -1 a token against -0.5
-    assert evaluation.pair_metrics(score)["preference_accuracy"] == 0.5
-    assert evaluation.pair_metrics(score)["preference_accuracy_se"] == pytest.approx(
-        math.sqrt(0.25 / 2)
+    score = PairScore(
+        [-4.0, -1.0, -1.0, -1.0], [-3.0, -2.0, -2.0, -2.0], [4, 1, 1, 1], [1, 4, 1, 1]
     )
+    assert score.correct() == [True, False, True, True]  # second: -1 a token against -0.5
+    assert evaluation.pair_metrics(score) == {
+        "preference_accuracy": 0.75,
+        "preference_accuracy_se": pytest.approx(math.sqrt(0.75 * 0.25 / 4)),
+    }
 
 
 def test_text_metrics_by_hand():
-    # windows of 2 and 3 tokens with 4 and 4 nats: mean 8 / 5 = 1.6
-    metrics = evaluation.text_metrics(TextScore([4.0, 4.0], [2, 3], 2), test_bytes=10)
+    # windows of 2, 3 and 5 tokens with 4, 4 and 8 nats: mean 16 / 10 = 1.6
+    metrics = evaluation.text_metrics(TextScore([4.0, 4.0, 8.0], [2, 3, 5], 4), test_bytes=20)
     assert metrics["nll_per_token"] == pytest.approx(1.6)
     assert metrics["perplexity"] == pytest.approx(math.exp(1.6))
     assert metrics["next_token_accuracy"] == pytest.approx(0.4)
-    assert metrics["bits_per_byte"] == pytest.approx(8 / math.log(2) / 10)
-    # residuals 4 - 3.2 and 4 - 4.8: sqrt((0.64 + 0.64) * 2 / 1) / 5
-    assert metrics["nll_per_token_se"] == pytest.approx(math.sqrt(1.28 * 2) / 5)
+    assert metrics["bits_per_byte"] == pytest.approx(16 / math.log(2) / 20)
+    # residuals 4 - 3.2, 4 - 4.8 and 8 - 8: sqrt((0.64 + 0.64) * 3 / 2) / 10
+    se = math.sqrt(1.28 * 3 / 2) / 10
+    assert metrics["nll_per_token_se"] == pytest.approx(se)
+    assert metrics["perplexity_se"] == pytest.approx(math.exp(1.6) * se)
 
 
 def test_the_gap_is_held_out_minus_trained_on_loss_by_plain_transformers(model):
@@ -150,9 +164,9 @@ def test_the_gaps_standard_error_by_hand():
 
 
 def test_reward_margin_is_beta_times_the_gain_over_the_base():
-    policy = PairScore([-1.0, -2.0], [-5.0, -2.0], [1, 1], [1, 1])  # log-ratios 4 and 0
+    policy = PairScore([-1.0, -2.0], [-8.0, -2.0], [1, 1], [1, 1])  # log-ratios 7 and 0
     base = PairScore([-3.0, -2.0], [-4.0, -4.0], [1, 1], [1, 1])  # 1 and 2
-    assert evaluation.reward_margin(policy, base, beta=0.5) == pytest.approx(0.5 * (3 - 2) / 2)
+    assert evaluation.reward_margin(policy, base, beta=0.5) == pytest.approx(0.5 * (6 - 2) / 2)
 
 
 def test_kl_is_zero_for_the_same_model_and_k3_by_hand():

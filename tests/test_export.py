@@ -54,6 +54,20 @@ def test_csv_and_parquet_hold_what_the_records_say(tmp_path, capsys):
             assert text[row["case_id"]][name] == ("" if value is None else str(value)), name
 
 
+def test_a_case_that_lost_its_numbers_is_damage(tmp_path, capsys):
+    file = made.write(tmp_path / "a.json", made.session([made.case("m-lora-dpo")]))
+    data = json.loads(file.read_text())
+    data["benchmarks"][0]["extra_info"] = {}
+    file.write_text(json.dumps(data))
+    for command in (["export", "-o", str(tmp_path / "t.csv")], ["show"], ["history"]):
+        place = tmp_path if command == ["history"] else file
+        assert main([*command, str(place)]) == 2
+        err = capsys.readouterr().err
+        assert "is damaged: m-lora-dpo is ok but has no record in it" in err
+        assert err.count("\n") == 1
+    assert not (tmp_path / "t.csv").exists()
+
+
 def test_a_folder_is_all_of_its_files(tmp_path):
     for number in range(2):
         session = made.session([made.case("m-lora-dpo")], run_id=f"run-{number}")

@@ -104,6 +104,8 @@ def test_ctrl_c_ends_it_without_a_traceback(tmp_path):
         (["--lengths", "1"], "at least 2 tokens"),
         (["--lengths", "4096"], "the context of tiny-gpt2 is 512 tokens"),
         (["--model", "tiny-gpt3"], "did you mean tiny-gpt2"),
+        (["--memory", "24"], "--memory is 24 bytes; give at least 1MiB, for example 24GiB"),
+        (["--threads", "-1"], "threads is -1"),
     ],
 )
 def test_bad_input_is_one_line(capsys, arguments, words):

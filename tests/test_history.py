@@ -162,15 +162,19 @@ def test_the_index_gives_the_same_sessions_and_survives_damage(tmp_path):
     [
         (["r", "--metric", "trian_s"], "did you mean train_s"),
         (["r", "--case", "q"], "unknown case 'q'"),
-        (["none"], "there is no folder"),
+        (["none"], "'none' is no folder; give a folder"),
+        (["file.json"], "is a file; give a folder"),
         (["empty"], "has no result file"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, capsys, arguments, message):
     nights(tmp_path / "r", 1)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file.json").write_text("{}")
     assert main(["history", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err) < 300
 
 
 def test_a_truncated_file_in_the_folder_is_named(tmp_path, capsys):

@@ -16,7 +16,8 @@ from peftbench.cli import main
 from peftbench.compare.load import read_session
 from peftbench.metrics import METRICS, kind_of, metrics_of
 from peftbench.record import FORMAT, dumps, measured, merge_rounds
-from peftbench.result_files import GIVE
+from peftbench.result_files import GIVE_FILE
+from peftbench.summary import fitted, table
 
 COMMITTED = sorted((Path(__file__).parent.parent / "results").glob("*/quick/*.json"))[-1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -320,6 +321,23 @@ def test_there_is_a_golden_file_of_every_format():
     )
 
 
+def test_a_table_is_no_wider_than_the_terminal(monkeypatch):
+    header, rows = ["case", "a", "bb", "status"], [["m-lora-sft", "12345", "67890", "x" * 90]]
+    for columns, shown in (
+        ("37", "case a bb status"),
+        ("29", "case bb status"),
+        ("9", "case status"),
+    ):
+        monkeypatch.setenv("COLUMNS", columns)
+        first, *_, last = fitted(header, rows, ("a", "bb"))
+        assert first.split() == shown.split()
+        cut = [name for name in ("a", "bb") if name not in shown.split()]
+        told = f"too wide for {columns} columns: {', '.join(cut)} "
+        assert last.startswith(told) if cut else "x" * 90 in last
+    monkeypatch.delenv("COLUMNS")  # and no terminal: pytest has the output
+    assert fitted(header, rows, ("a", "bb")) == table(header, rows)
+
+
 @pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.stem)
 def test_a_file_of_every_format_keeps_loading_and_its_cases_their_hashes(file):
     """Written by the first version of that format: metrics and settings of today were unknown."""
@@ -336,8 +354,8 @@ def test_a_file_of_every_format_keeps_loading_and_its_cases_their_hashes(file):
 
 
 READS = f"peftbench {__version__} reads 1 to {FORMAT}"
-NEWER = f"has format {FORMAT + 1}; {READS}: upgrade peftbench; {GIVE}"
-OTHER = f"is JSON, but not of peftbench; {GIVE}"
+NEWER = f"has format {FORMAT + 1}; {READS}: upgrade peftbench; {GIVE_FILE}"
+OTHER = f"is JSON, but not of peftbench; {GIVE_FILE}"
 
 
 def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
@@ -362,17 +380,18 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
     }
     files["not text"].write_bytes(b"\x93NUMPY\x01")
     messages = {
-        "not JSON": f"FILE is not JSON (Expecting value: line 1 column 1 (char 0)); {GIVE}",
+        "not JSON": f"FILE is not JSON (Expecting value: line 1 column 1 (char 0)); {GIVE_FILE}",
         "not text": "FILE is not JSON ('utf-8' codec can't decode byte 0x93 in position 0: invalid"
-        f" start byte); {GIVE}",
+        f" start byte); {GIVE_FILE}",
         "a list": f"FILE {OTHER}",
         "other benchmark": f"FILE {OTHER}",
         "other program": f"FILE {OTHER}",
         "newer": f"FILE {NEWER}",
         "newer round": f"FILE {NEWER}",
-        "no case": f"FILE holds no case: the run ended before its first one; {GIVE}",
-        "damaged": f"FILE is damaged: tiny-gpt2-full-sft is ok but has no record in it; {GIVE}",
-        "missing": f"cannot read FILE (No such file or directory); {GIVE}",
+        "no case": f"FILE holds no case: the run ended before its first one; {GIVE_FILE}",
+        "damaged": "FILE is damaged: tiny-gpt2-full-sft is ok but has no record in it;"
+        f" {GIVE_FILE}",
+        "missing": f"cannot read FILE (No such file or directory); {GIVE_FILE}",
         "a folder": "FILE is a folder; `show` reads one file. In it are: i.json, n.json, run.json",
     }
     found = {k: ([str(files[k])], m.replace("FILE", repr(str(files[k])), 1))

@@ -169,9 +169,9 @@ def made_round(folder: Path, stem: str, **changes: object) -> dict:
 
 def test_no_round_is_told_twice(tmp_path):
     made_round(tmp_path, "one")
-    assert report_rounds(tmp_path, "run-a", ("tensorboard",))[0].startswith("tensorboard: 1 rounds")
+    assert report_rounds(tmp_path, "run-a", ("tensorboard",))[0].startswith("tensorboard: 1 round")
     made_round(tmp_path, "two")
-    assert report_rounds(tmp_path, "run-a", ("tensorboard",))[0].startswith("tensorboard: 1 rounds")
+    assert report_rounds(tmp_path, "run-a", ("tensorboard",))[0].startswith("tensorboard: 1 round")
     assert (tmp_path / REPORTED).read_text() == "tensorboard one\ntensorboard two\n"
     seen = events(tmp_path / "tensorboard" / "one-abababababab-seed3")
     assert series(seen, "train/tokens_per_s") == {1: 200.0, 2: 800.0}
@@ -193,7 +193,7 @@ def test_a_tracker_that_fails_leaves_the_rest_for_a_resumed_session(tmp_path, mo
         (line,) = report_rounds(tmp_path, "run-a", ("tensorboard",))
     assert "No space left on device; 1 of 2 rounds told, --resume" in line
     (line,) = report_rounds(tmp_path, "run-a", ("tensorboard",))
-    assert line.startswith("tensorboard: 1 rounds told")
+    assert line.startswith("tensorboard: 1 round told")
 
 
 def test_what_a_tracker_writes_is_no_result_and_is_not_pushed(tmp_path, monkeypatch):
@@ -282,7 +282,7 @@ def test_trackio_has_what_the_round_says(tmp_path, monkeypatch):
     from trackio.sqlite_storage import SQLiteStorage
 
     made_round(tmp_path, "one")
-    assert report_rounds(tmp_path, "run-a", ("trackio",)) == ["trackio: 1 rounds told"]
+    assert report_rounds(tmp_path, "run-a", ("trackio",)) == ["trackio: 1 round told"]
     assert SQLiteStorage.get_runs("peftbench") == ["one-abababababab-seed3"]
     logs = SQLiteStorage.get_logs("peftbench", "one-abababababab-seed3")
     assert [(row["step"], row.get("train/loss")) for row in logs] == [(1, 4.0), (2, 2.0), (2, None)]
@@ -299,7 +299,7 @@ def test_wandb_offline_has_what_the_round_says(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr("socket.gethostname", lambda: "the-host-of-somebody")
     made_round(tmp_path, "one", losses=[4.0625, 2.0])
-    assert report_rounds(tmp_path, "run-a", ("wandb",)) == ["wandb: 1 rounds told"]
+    assert report_rounds(tmp_path, "run-a", ("wandb",)) == ["wandb: 1 round told"]
     wandb.teardown()  # its own process writes the file, until this has waited for its end
     (file,) = tmp_path.rglob("*.wandb")
     content = file.read_bytes()

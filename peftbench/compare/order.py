@@ -38,7 +38,8 @@ def read_folder(folder: Path, subject: str | None = None) -> list[Session]:
     Raises: UserError for a file that is not ours, and for a folder without any.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder {str(folder)!r}; {GIVE}")
+        what = "is a file" if folder.is_file() else "is no folder"
+        raise UserError(f"{str(folder)!r} {what}; give a folder of files of `pytest bench`")
     with collection_paused():
         sessions = [read_indexed(file) for file in files_below(folder)]
     return in_order(joined(without_copies(sessions)), subject)

@@ -22,6 +22,7 @@ from peftbench import __version__
 from peftbench.compare.order import place_name
 from peftbench.compare.rules import read_rules
 from peftbench.errors import UserError
+from peftbench.progress import counted
 from peftbench.record import write_atomically
 from peftbench.report.cases import MEMORY, Case, cases_of
 from peftbench.report.changes import changes_of
@@ -61,10 +62,6 @@ def write_report(
     size = len(text.encode()) / 2**20
     return f"wrote {output}: {counted(cases, 'case')} of {counted(sessions, 'session')}," \
         f" {size:.1f} MiB"  # fmt: skip
-
-
-def counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def page(found: dict[str, Any]) -> str:
