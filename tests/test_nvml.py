@@ -772,9 +772,9 @@ def test_growth_of_a_device_on_which_the_child_is_not_is_not_the_childs():
 
 
 def test_energy_is_the_counters_difference_between_interpolated_ends():
-    slow = slow_samples((0.0, 1.0, 2.0, 3.0), energy=(100.0, 200.0, 260.0, 300.0), power=(9.0,) * 4)
-    # at 0.5: halfway from 100 to 200; at 2.25: 260 + a quarter of 40
-    assert energy_in(device([], slow=slow), (0.5, 2.25)) == (120.0, "nvml energy counter", None)
+    slow = slow_samples((0.0, 2.0, 2.5, 3.5), energy=(100.0, 200.0, 260.0, 300.0), power=(9.0,) * 4)
+    # at 0.5: a quarter of the way from 100 to 200; at 2.75: 260 + a quarter of 40
+    assert energy_in(device([], slow=slow), (0.5, 2.75)) == (145.0, "nvml energy counter", None)
 
 
 def test_energy_without_a_counter_is_the_trapezoids_under_the_power():
