@@ -21,8 +21,10 @@ def pytest_configure():
 
     Each worker has one thread: two with a thread for every core wait for one another at each
     product, and the tests take three times as long. What is trained in a worker sets its own
-    threads: they sleep where they wait for one another, and do not keep the others' core.
+    threads: they sleep where they wait for one another, and do not keep the others' core. Of the
+    terminal's width, which pytest-xdist hands on, a worker's captured output has none.
     """
+    os.environ.pop("COLUMNS", None)
     workers = [n for n in os.environ if n.startswith("PYTEST_XDIST_")]
     for name in workers:
         del os.environ[name]
