@@ -114,11 +114,10 @@ build:
 	$(DOCKER) build --build-arg COMMIT=$(COMMIT) --build-arg TORCH_INDEX=$(TORCH_INDEX) -t $(IMAGE) .
 
 # one line for what was left out; what is unknown, peftbench itself says
+MISSING = $(if $(PEFT),,PEFT)$(if $(PEFT)$(MODEL),, and )$(if $(MODEL),,MODEL)
 .PHONY: named
 named:
-	@test -n "$(MODEL)$(PEFT)" || { echo "peftbench: PEFT and MODEL are missing; for example: make train PEFT=lora MODEL=gpt-2 ('peftbench list' has the names)" >&2; exit 2; }
-	@test -n "$(MODEL)" || { echo "peftbench: MODEL is missing; for example: make train PEFT=lora MODEL=gpt-2 ('peftbench list' has the names)" >&2; exit 2; }
-	@test -n "$(PEFT)" || { echo "peftbench: PEFT is missing; for example: make train PEFT=lora MODEL=$(MODEL) ('peftbench list' has the names)" >&2; exit 2; }
+	@test -z "$(MISSING)" || { echo "peftbench: $(MISSING) $(if $(PEFT)$(MODEL),is,are) missing; for example: make train PEFT=lora MODEL=$(or $(MODEL),gpt-2) ('peftbench list' has the names)" >&2; exit 2; }
 
 train: named $(if $(LOCAL),install)
 	@$(RUN) train --model $(MODEL) --adapter $(PEFT) --method $(METHOD) $(if $(DATA),--data $(DATA)) $(ARGS)

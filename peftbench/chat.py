@@ -26,7 +26,7 @@ from peftbench.quantization import BITS
 from peftbench.result_files import read_json, reading
 from peftbench.rollout import virtual_tokens
 
-GIVE = "give a folder that `peftbench train` wrote"
+GIVE_TRAINED = "give a folder that `peftbench train` wrote"
 HELP = "/base the base's answer to the same prompt, /reset a new conversation, /quit the end"
 
 
@@ -71,7 +71,7 @@ def find_trained(model: str, adapter: str, root: Path) -> Trained:
         name = short_name(model)
         found = [
             file for file in root.glob(f"{name}-{adapter}-*/training.json")
-            if read_json(file, GIVE)["case"]["adapter"] == adapter
+            if read_json(file, GIVE_TRAINED)["case"]["adapter"] == adapter
         ]  # fmt: skip
         if not found:
             raise UserError(
@@ -93,9 +93,9 @@ def find_trained(model: str, adapter: str, root: Path) -> Trained:
     note = folder / "training.json"
     if not note.is_file():
         return Trained(folder, None, is_full)
-    found = read_json(note, GIVE)
-    with reading(note, give=GIVE):
-        case = Case.from_dict(found["case"])
+    noted = read_json(note, GIVE_TRAINED)
+    with reading(note, give=GIVE_TRAINED):
+        case = Case.from_dict(noted["case"])
     if case.model != public_name(model):
         raise UserError(
             f"{str(folder)!r} was trained on {case.model}, not on {public_name(model)}: give"
@@ -291,14 +291,13 @@ def with_adapter(base: Any, folder: Path) -> Any:
     """Raises: UserError for an adapter that is damaged, or of another model."""
     try:
         return adapters.load_adapter(base, folder)
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the adapter in {str(folder)!r} cannot be read: {reason}") from None
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
+        unread = isinstance(error, (OSError, SafetensorError))
+        what = "cannot be read" if unread else "does not fit"
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the adapter in {str(folder)!r} does not fit: {reason}") from None
+        raise UserError(f"the adapter in {str(folder)!r} {what}: {reason}") from None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from peftbench.record import replacing
 from peftbench.training import TrainingState
 
 HEADER = "peftbench"  # the key of the JSON in the file's metadata
+ANEW = "begin anew with --overwrite"
 VERSION = 1
 
 
@@ -103,12 +104,9 @@ def _read(
             names = [] if header_only else opened.keys()
             tensors = {name: opened.get_tensor(name) for name in names}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{str(file)!r} is damaged ({error}); begin anew with --overwrite"
-        ) from None
+        raise UserError(f"{str(file)!r} is damaged ({error}); {ANEW}") from None
     if header["version"] != VERSION:
         raise UserError(
-            f"{str(file)!r} has version {header['version']}, this peftbench reads {VERSION}:"
-            " begin anew with --overwrite"
+            f"{str(file)!r} has version {header['version']}, this peftbench reads {VERSION}: {ANEW}"
         )
     return header, tensors

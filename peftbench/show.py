@@ -12,7 +12,7 @@ from typing import Any
 
 from peftbench.case import Settings
 from peftbench.errors import UserError, unknown_name
-from peftbench.metrics import METRICS, Kind, kind_of, metrics_of, phase_names
+from peftbench.metrics import METRICS, WINDOW, Kind, kind_of, metrics_of, phase_names
 from peftbench.result_files import GIVE_FILE, case_records, read_json, reading
 from peftbench.summary import MIB, summary_lines, table
 
@@ -52,7 +52,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def _completed(row: dict[str, Any]) -> dict[str, Any]:
     if row["status"] != "ok":
         return row
-    absent = [name for name in metrics_of(kind_of(row["case_id"])) if name not in row]
+    kind = kind_of(row["case_id"])
+    if WINDOW[kind] not in row:
+        raise UserError(f"is damaged: {row['case_id']} is ok but has no record in it")
+    absent = [name for name in metrics_of(kind) if name not in row]
     reasons = dict.fromkeys(absent, "the file is older than this metric") | row["null_reasons"]
     return {"disturbances": []} | row | dict.fromkeys(absent) | {"null_reasons": reasons}
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftbench import adapters, models, pipeline, provenance, values
 from peftbench.case import Case, public_name
-from peftbench.checkpoint import checkpoint_file, restore, steps_done, write_checkpoint
+from peftbench.checkpoint import ANEW, checkpoint_file, restore, steps_done, write_checkpoint
 from peftbench.data.loading import load_task
 from peftbench.errors import InvalidTrainingError, UserError
 from peftbench.evaluation import Quality
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from peftbench.data.task import TokenTask
 
 FINISHED = "training.json"  # what was trained, how, and what came of it: written last
-ANEW = "begin anew with --overwrite"
 BEGUN = "begun.json"  # the case, what the base scored, the trackers' run: from the start
 SHOW_EVERY_S = 10.0  # of progress where it does not go to a terminal
 
@@ -225,7 +224,7 @@ def prepare_folder(folder: Path, case: Case, *, resume: bool, overwrite: bool) -
     if files and not resume:
         raise UserError(
             f"{str(folder)!r} holds an interrupted training ({standing(folder, case)});"
-            " go on with --resume, or begin anew with --overwrite"
+            f" go on with --resume, or {ANEW}"
         )
     identity = case.public().to_dict()
     if files:

@@ -68,6 +68,15 @@ def test_a_case_that_lost_its_numbers_is_damage(tmp_path, capsys):
     assert not (tmp_path / "t.csv").exists()
 
 
+def test_a_case_without_its_time_is_no_table(tmp_path, capsys):
+    lora = made.case("m-lora-dpo")
+    for entry in (lora, *lora["rounds"]):
+        entry.pop("train_s", None)
+    file = made.write(tmp_path / "a.json", made.session([lora]))
+    assert main(["show", str(file)]) == 2
+    assert "is damaged: m-lora-dpo is ok but has no record in it" in capsys.readouterr().err
+
+
 def test_a_folder_is_all_of_its_files(tmp_path):
     for number in range(2):
         session = made.session([made.case("m-lora-dpo")], run_id=f"run-{number}")

@@ -85,7 +85,11 @@ def test_what_is_missing_is_one_line(machine, missing, fails, words):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["PEFT=lora"], "MODEL is missing"), (["MODEL=gpt-2"], "PEFT is missing")],
+    [
+        (["PEFT=lora"], "MODEL is missing"),
+        (["MODEL=gpt-2"], "PEFT is missing"),
+        ([], "PEFT and MODEL are missing"),
+    ],
 )
 def test_make_says_what_was_left_out(machine, arguments, words):
     code, out, asked = machine("make", "-s", "train", *arguments)

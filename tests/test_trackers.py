@@ -169,9 +169,13 @@ def made_round(folder: Path, stem: str, **changes: object) -> dict:
 
 def test_no_round_is_told_twice(tmp_path):
     made_round(tmp_path, "one")
-    assert report_rounds(tmp_path, "run-a", ("tensorboard",))[0].startswith("tensorboard: 1 round")
+    assert report_rounds(tmp_path, "run-a", ("tensorboard",))[0].startswith(
+        "tensorboard: 1 round told"
+    )
     made_round(tmp_path, "two")
-    assert report_rounds(tmp_path, "run-a", ("tensorboard",))[0].startswith("tensorboard: 1 round")
+    assert report_rounds(tmp_path, "run-a", ("tensorboard",))[0].startswith(
+        "tensorboard: 1 round told"
+    )
     assert (tmp_path / REPORTED).read_text() == "tensorboard one\ntensorboard two\n"
     seen = events(tmp_path / "tensorboard" / "one-abababababab-seed3")
     assert series(seen, "train/tokens_per_s") == {1: 200.0, 2: 800.0}

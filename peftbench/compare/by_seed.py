@@ -22,6 +22,7 @@ from peftbench.compare.statistics import (
     slower_p,
 )
 from peftbench.compare.verdicts import Row, SuiteLine, plain_row, shares_of
+from peftbench.progress import counted
 
 LEAST_HISTORY = 3
 EXACT_SE = 1e-9  # runs that repeat to the last bit: any difference is real
@@ -51,7 +52,7 @@ def estimates(
     differences = [differences_of(pair, rule) for pair in pairs]
     estimate, se, df = paired(differences, [pair.new.axes["method"] for pair in pairs])
     seeds = [len(d) for d in differences]
-    basis = [f"{n} seed{'s' if n != 1 else ''}" for n in seeds]
+    basis = [counted(n, "seed") for n in seeds]
     for i, (pair, found) in enumerate(zip(pairs, history, strict=True)):
         if seeds[i] != 1:
             continue

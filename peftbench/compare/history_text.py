@@ -6,6 +6,7 @@ import textwrap
 
 from peftbench.compare.history import History, Point, Series
 from peftbench.compare.text import WIDTH, number, signed
+from peftbench.progress import counted
 from peftbench.summary import table
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -17,7 +18,7 @@ LATEST = 40  # sessions that a spark line shows
 def history_lines(found: History) -> list[str]:
     """Sessions, then every change point, then the series that have one or were asked for."""
     count = len(found.places)
-    lines = [f"{count} session{'s' if count != 1 else ''}, {places_text(found.places)}"]
+    lines = [f"{counted(count, 'session')}, {places_text(found.places)}"]
     changed = [s for s in found.series if s.points]
     lines += ["", *point_lines(changed)]
     cases = {s.case_id for s in found.series}
@@ -52,7 +53,7 @@ def point_lines(changed: list[Series]) -> list[str]:
         for s, p in points
     ]  # fmt: skip
     header = ["case", "metric", "before", "after", "change", "", "between"]
-    title = f"{len(points)} change point{'s' if len(points) != 1 else ''}"
+    title = counted(len(points), "change point")
     return [title, *(f"  {line}" for line in table(header, rows, left=2))]
 
 

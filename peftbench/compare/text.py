@@ -15,6 +15,7 @@ from peftbench.compare.verdicts import (
     SuiteLine,
 )
 from peftbench.metrics import METRICS
+from peftbench.progress import counted
 from peftbench.show import commit_text, quantity
 from peftbench.summary import table
 
@@ -68,7 +69,7 @@ def head_lines(found: Comparison) -> list[str]:
 
 
 def side_text(side: Side) -> str:
-    cases = f"{side.cases} case{'s' if side.cases != 1 else ''}"
+    cases = counted(side.cases, "case")
     return f"{side.name}, {commit_text(side.commit, side.dirty)}, {cases}"
 
 
